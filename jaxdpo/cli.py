@@ -1,0 +1,155 @@
+"""Direct Preference Optimization for JAX: `jaxdpo <verb> --help` lists a verb's options.
+
+The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is imported before a verb runs.
+"""
+
+import dataclasses
+import logging
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig, from_mapping
+from jaxdpo.types import InputError
+
+
+def _dpo(config: DPOConfig) -> None:
+    from jaxdpo.train.dpo import run_dpo
+
+    run_dpo(config)
+
+
+def _quickstart(config: QuickstartConfig) -> None:
+    from jaxdpo.train.quickstart import run_quickstart
+
+    run_quickstart(config)
+
+
+def _export(config: ExportConfig) -> None:
+    from jaxdpo.train.export import export_checkpoint
+
+    export_checkpoint(config)
+
+
+VERBS: dict[str, tuple[type, typing.Callable[[Any], None]]] = {
+    "quickstart": (QuickstartConfig, _quickstart),
+    "dpo": (DPOConfig, _dpo),
+    "export": (ExportConfig, _export),
+}
+"""Verb -> its configuration and what it does. The first line of the configuration's docstring is its help."""
+
+CONFIG_VERBS = ("dpo",)
+"""Verbs that take `--config FILE.yaml`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb, config = parse(argv)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of the merge that one process does not need
+        VERBS[verb][1](config)
+    except InputError as error:
+        print(f"jaxdpo: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"jaxdpo: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """The verb and its validated configuration; the command line wins over `--config`'s file.
+
+    Raises:
+      InputError: for a value out of range, or a YAML file with an unknown key.
+      SystemExit: after `--help` (0), or for flags that do not parse (2).
+    """
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    from_file: dict[str, Any] = {}
+    path = _config_path(argv)
+    if path is not None and verb in CONFIG_VERBS:
+        from jaxdpo.train.run_dir import read_yaml
+
+        from_file = from_mapping(VERBS[verb][0], read_yaml(Path(path)), path)
+    if verb is None:
+        verbs = tuple(
+            Annotated[_flags(name, config, {}), tyro.conf.subcommand(name, description=config.__doc__)]
+            for name, (config, _) in VERBS.items()
+        )
+        tyro.cli(typing.Union[verbs], prog="jaxdpo", description=__doc__.split("\n")[0], args=argv)  # type: ignore # noqa: UP007
+        raise AssertionError("tyro.cli exits when it is given no verb")
+    parsed = tyro.cli(
+        _flags(verb, VERBS[verb][0], from_file),
+        prog=f"jaxdpo {verb}",
+        description=VERBS[verb][0].__doc__,
+        args=argv[1:],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    values = {
+        field.name: getattr(group, field.name)
+        for group in (getattr(parsed, g.name) for g in dataclasses.fields(parsed))
+        for field in dataclasses.fields(group)
+        if field.name != "config"
+    }
+    return verb, VERBS[verb][0](**_settle_length(values, from_file))
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def _settle_length(values: dict[str, Any], from_file: Mapping[str, Any]) -> dict[str, Any]:
+    """`--max-steps` on the command line replaces the file's `epochs`, and the reverse."""
+    for given, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        stated = from_file.get(other) is not None and values[other] == from_file[other]
+        if stated and values[given] not in (None, from_file.get(given)):
+            return {**values, other: None}
+    return values
+
+
+def _flags(verb: str, config: type, defaults: Mapping[str, Any]) -> type:
+    """A dataclass of one nested dataclass per option group, as tyro shows them; the fields of `config`, unchecked."""
+    hints = typing.get_type_hints(config)
+    groups: dict[str, list] = {}
+    for field in dataclasses.fields(config):
+        unset = field.default is None  # the help says in words what happens then
+        arg = tyro.conf.arg(
+            help=field.metadata["help"], metavar=_metavar(hints[field.name]), help_behavior_hint="" if unset else None
+        )
+        hint = Annotated[hints[field.name], arg]
+        default = defaults.get(field.name, field.default)
+        entry = (field.name, hint) if default is dataclasses.MISSING else (field.name, hint, default)
+        groups.setdefault(field.metadata["group"], []).append(entry)
+    if verb in CONFIG_VERBS:
+        help_text = "YAML file of options by name (--max-steps is max_steps); flags win over it"
+        arg = tyro.conf.arg(help=help_text, metavar="FILE", help_behavior_hint="")
+        groups["run"].append(("config", Annotated[Path | None, arg], None))
+    nested = [
+        (name, dataclasses.make_dataclass(name, sorted(entries, key=len)), dataclasses.field())
+        for name, entries in groups.items()
+    ]
+    return dataclasses.make_dataclass(verb, nested)
+
+
+def _metavar(hint: Any) -> str | None:
+    """`INT` for `int | None`: that the option may be left out goes without saying."""
+    if types.NoneType not in typing.get_args(hint):
+        return None
+    arm = typing.get_args(hint)[0]
+    choices = typing.get_args(arm)
+    return "{" + ",".join(choices) + "}" if choices else arm.__name__.upper()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Groups of ids packed into rows of one static shape.
+
+A row has three capacities: `length` (its tokens), `slots` (its scored tokens) and `groups`; a group is never split.
+Packing is best-fit decreasing: the largest group first, each into the fullest row that still takes it.
+
+>>> pack([60, 50, 40, 10], [9, 9, 9, 9], Capacity(length=100, slots=20, groups=4, candidates=2))
+[[0, 2], [1, 3]]
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxdpo.data.tokenize import TokenizedGroup
+from jaxdpo.types import UNRANKED, Batch, InputError
+
+
+class Capacity(NamedTuple):
+    """What one row holds at most."""
+
+    length: int
+    """Tokens."""
+    slots: int
+    """Scored tokens."""
+    groups: int
+    """Groups."""
+    candidates: int
+    """Completions of any one group."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The one shape of every microbatch of a run: `rows` rows of `capacity`."""
+
+    capacity: Capacity
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch, padding included."""
+        return self.rows * self.capacity.length
+
+    def summary(self) -> str:
+        """One line for people."""
+        length, slots, groups, candidates = self.capacity
+        return (
+            f"microbatches of {self.rows} rows x {length} tokens; a row takes up to {slots} scored tokens "
+            f"and {groups} groups of up to {candidates} completions"
+        )
+
+
+class Segments(NamedTuple):
+    """The prompts and completions of a microbatch, in row order; int64 `[segments]` each."""
+
+    row: np.ndarray
+    group: np.ndarray
+    """1-based in its row."""
+    candidate: np.ndarray
+    """0 for a prompt, else 1-based."""
+    start: np.ndarray
+    """Row index of its first token."""
+    size: np.ndarray
+    """Tokens."""
+    position: np.ndarray
+    """Position of its first token in the path: 0 for a prompt, else the prompt's size."""
+    anchor: np.ndarray
+    """Row index of the prompt's last token, which predicts the first token of every candidate."""
+
+
+def pack(tokens: Sequence[int], slots: Sequence[int], capacity: Capacity) -> list[list[int]]:
+    """Distributes groups over rows; the same lengths always give the same rows.
+
+    Args:
+      tokens: `[groups]` row positions that each group takes.
+      slots: `[groups]` scored tokens of each.
+      capacity: what a row holds.
+    Returns:
+      The rows that are needed, each the indices of its groups.
+    Raises:
+      InputError: if a group alone exceeds the capacity.
+    """
+    needs = np.array([tokens, slots], np.int64)  # [2, groups]
+    size = np.array([[capacity.length], [capacity.slots]])
+    for group in np.flatnonzero((needs > size).any(axis=0)):
+        raise InputError(
+            f"group {group} needs {needs[0, group]} tokens, {needs[1, group]} of them scored; "
+            f"allowed: {capacity.length} and {capacity.slots} a row; raise the row length or lower max_length"
+        )
+    order = np.argsort(-(needs / size).max(axis=0), kind="stable")  # slots can be what fills a row
+    free = np.repeat(size, len(order), axis=1)  # [2, rows] at most one row per group
+    places = np.full(len(order), capacity.groups)
+    rows: list[list[int]] = []
+    for group in order:
+        opened = len(rows)
+        need = needs[:, group, None]
+        fits = (free[:, :opened] >= need).all(axis=0) & (places[:opened] > 0)
+        row = int(np.where(fits, free[0, :opened], capacity.length + 1).argmin()) if fits.any() else opened
+        if row == opened:
+            rows.append([])
+        rows[row].append(int(group))
+        free[:, row] -= needs[:, group]
+        places[row] -= 1
+    return rows
+
+
+def build_batch(
+    groups: Sequence[TokenizedGroup], example_ids: Sequence[int], rows: Sequence[Sequence[int]], layout: Layout
+) -> Batch:
+    """Writes groups into the arrays of one microbatch.
+
+    Args:
+      groups: what `rows` indexes.
+      example_ids: index in the dataset of each of `groups`.
+      rows: indices of the groups in each row, at most `layout.rows` rows; missing rows are empty.
+      layout: the shape.
+    Returns:
+      NumPy arrays that hold the invariants of `jaxdpo.types.check_batch`.
+    Raises:
+      ValueError: if there are more rows than the layout has, or a row overflows.
+    """
+    length, slots, max_groups, candidates = layout.capacity
+    segments, ids = _segments(groups, rows)
+    of_token = np.repeat(np.arange(len(segments.size)), segments.size)  # [tokens] its segment
+    offset = np.arange(len(ids)) - np.repeat(np.cumsum(segments.size) - segments.size, segments.size)  # [tokens]
+    scored = np.flatnonzero(segments.candidate[of_token] > 0)  # [scored tokens]
+    of_slot = of_token[scored]
+    slots_of_row = np.bincount(segments.row[of_slot], minlength=len(rows))
+    _check_fits(segments, slots_of_row, len(rows), layout)
+    slot = np.arange(len(scored)) - np.repeat(np.cumsum(slots_of_row) - slots_of_row, slots_of_row)
+    index = segments.start[of_token] + offset  # [tokens] row index
+    owner = (segments.group - 1) * candidates + segments.candidate - 1  # [segments]
+
+    def per_token(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((layout.rows, length), np.int32)
+        out[segments.row[of_token], index] = values
+        return out
+
+    def per_slot(values: np.ndarray, empty: int = 0) -> np.ndarray:
+        out = np.full((layout.rows, slots), empty, np.int32)
+        out[segments.row[of_slot], slot] = values
+        return out
+
+    def per_candidate(values: np.ndarray, absent: int) -> np.ndarray:
+        out = np.full((layout.rows, max_groups * candidates), absent, np.int32)
+        present = segments.candidate > 0
+        out[segments.row[present], owner[present]] = values[present]
+        return out.reshape(layout.rows, max_groups, candidates)
+
+    example_id = np.full((layout.rows, max_groups), -1, np.int32)
+    for row, members in enumerate(rows):
+        example_id[row, : len(members)] = [example_ids[group] for group in members]
+    return Batch(
+        tokens=per_token(ids),
+        positions=per_token(segments.position[of_token] + offset),
+        group=per_token(segments.group[of_token]),
+        candidate=per_token(segments.candidate[of_token]),
+        slot_source=per_slot(np.where(offset[scored] == 0, segments.anchor[of_slot], index[scored] - 1)),
+        slot_target=per_slot(ids[scored]),
+        slot_owner=per_slot(owner[of_slot], empty=max_groups * candidates),
+        candidate_last=per_candidate(segments.start + segments.size - 1, absent=0),
+        candidate_mask=per_candidate(np.ones_like(owner), absent=0).astype(bool),
+        rank=per_candidate(segments.candidate - 1, absent=UNRANKED),
+        example_id=example_id,
+    )
+
+
+def _segments(groups: Sequence[TokenizedGroup], rows: Sequence[Sequence[int]]) -> tuple[Segments, np.ndarray]:
+    """The segments of the rows, and the ids of all of them one after another."""
+    table: list[tuple[int, ...]] = []
+    ids = [np.zeros(0, np.int32)]
+    for row, members in enumerate(rows):
+        start = 0
+        for number, group in enumerate((groups[i] for i in members), start=1):
+            prompt = len(group.prompt)
+            anchor = start + prompt - 1
+            for candidate, part in enumerate((group.prompt, *group.completions)):
+                table.append((row, number, candidate, start, len(part), prompt if candidate else 0, anchor))
+                ids.append(part)
+                start += len(part)
+    columns = np.array(table, np.int64).reshape(-1, len(Segments._fields))
+    return Segments(*columns.T), np.concatenate(ids)
+
+
+def _check_fits(segments: Segments, slots_of_row: np.ndarray, rows: int, layout: Layout) -> None:
+    """Raises ValueError if the rows do not fit the layout: indexing would fail unclearly, or wrap around."""
+    got = Capacity(
+        length=(segments.start + segments.size).max(initial=0),
+        slots=slots_of_row.max(initial=0),
+        groups=segments.group.max(initial=0),
+        candidates=segments.candidate.max(initial=0),
+    )
+    if rows > layout.rows or any(np.array(got) > layout.capacity):
+        needed = Layout(Capacity(*map(int, got)), rows)
+        raise ValueError(f"the rows need {needed}; allowed: {layout}; pack them with the capacity of their layout")

@@ -1,0 +1,170 @@
+"""Decoder-only Transformers whose parameters are a plain nested dict.
+
+A `Decoder` is the static half of a model: hashable, closed over by jit. The other half, `params`, is a nested dict of
+arrays, and everything that happens to it (grad, Optax, Orbax) is a pure function of a dict:
+
+  decoder = make_decoder(config, compute_dtype="bfloat16")
+  params = init_params(decoder, jax.random.key(0), mesh)
+  logits = jax.jit(decoder.logits)(params, tokens)
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdpo.models.attention import attention, full_precision, tree_mask
+from jaxdpo.models.config import Rope, TransformerConfig
+from jaxdpo.models.transformer import Transformer
+from jaxdpo.sharding import constrain, named_sharding
+from jaxdpo.types import Batch, InputError
+
+__all__ = [
+    "Decoder",
+    "Rope",
+    "TransformerConfig",
+    "abstract_params",
+    "attention",
+    "full_precision",
+    "init_params",
+    "logical_axes",
+    "make_decoder",
+    "tree_mask",
+]
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model without its parameters; make one with `make_decoder`.
+
+    Attributes:
+      config: what it computes.
+      compute_dtype: what activations are; parameters are cast to it at use.
+    """
+
+    config: TransformerConfig
+    compute_dtype: str
+
+    def hidden(self, params: dict[str, Any], batch: Batch) -> jax.Array:
+        """States of every token of packed preference trees, after the final norm.
+
+        Args:
+          params: as from `init_params` or `load_hf`.
+          batch: only `tokens`, `positions`, `group` and `candidate` are read, each int `[rows, length]`.
+        Returns:
+          `[rows, length, embed]` in the compute dtype; arbitrary finite numbers at padding.
+        """
+        mask = tree_mask(batch.positions, batch.group, batch.candidate, window=self.config.sliding_window)
+        return self._merge(params).hidden(batch.tokens, batch.positions, mask, jnp.dtype(self.compute_dtype))
+
+    def head(self, params: dict[str, Any]) -> jax.Array:
+        """The LM head, `[vocab, embed]` in the compute dtype; the token embedding itself where it is tied."""
+        return self._merge(params).head_kernel().astype(self.compute_dtype)
+
+    def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        """Next-token logits of plain left-to-right texts, for use and for comparison with other implementations.
+
+        Args:
+          params: as from `init_params` or `load_hf`.
+          tokens: int `[rows, length]`, no padding.
+        Returns:
+          `[rows, length, vocab]`, at least float32.
+        Raises:
+          InputError: if `length` exceeds the model's positions.
+        """
+        rows, length = tokens.shape
+        if length > self.config.max_positions:
+            raise InputError(
+                f"tokens have length {length}; allowed: up to the model's {self.config.max_positions} positions; "
+                f"shorten them"
+            )
+        positions = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+        one = jnp.ones_like(positions)
+        mask = tree_mask(positions, one, one, window=self.config.sliding_window)
+        dtype = jnp.dtype(self.compute_dtype)
+        states = self._merge(params).hidden(tokens, positions, mask, dtype)  # [rows, length, embed]
+        wide = jnp.promote_types(dtype, jnp.float32)
+        head = self.head(params)
+        logits = jnp.einsum(
+            "rle,ve->rlv", states, head, preferred_element_type=wide, precision=full_precision(dtype)
+        )  # [rows, length, vocab]
+        return constrain(logits, "batch", None, "vocab")
+
+    def _merge(self, params: dict[str, Any]) -> Transformer:
+        return nnx.merge(_abstract(self.config)[0], params)
+
+
+def make_decoder(config: TransformerConfig, *, compute_dtype: str = "float32") -> Decoder:
+    """The static half of a model.
+
+    Args:
+      config: what it computes.
+      compute_dtype: "float32", "bfloat16", or "float64" (needs jax's x64 mode).
+    Raises:
+      InputError: for another dtype.
+    """
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise InputError(f"compute_dtype is {compute_dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
+    if compute_dtype == "float64" and jnp.result_type(float) != jnp.float64:
+        raise InputError("compute_dtype is 'float64' but jax would truncate it; set jax_enable_x64")
+    return Decoder(config, compute_dtype)
+
+
+def logical_axes(decoder: Decoder) -> dict[str, Any]:
+    """Nested dict shaped like the parameters: the tuple of logical axis names of each, see `sharding.AXIS_RULES`."""
+    return _abstract(decoder.config)[1]
+
+
+def abstract_params(decoder: Decoder, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+    """Shapes of the parameters, and where each lives on a mesh, without allocating any.
+
+    Args:
+      decoder: the model.
+      mesh: from `sharding.make_mesh`; None for no placement.
+    Returns:
+      Nested dict of float32 `jax.ShapeDtypeStruct`, with `NamedSharding`s if a mesh is given.
+    Raises:
+      InputError: if the mesh does not divide a size; names sizes that do.
+    """
+    _, axes, shapes = _abstract(decoder.config)
+
+    def place(names: tuple[str, ...], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else named_sharding(mesh, names, shape)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    return jax.tree.map(place, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def init_params(decoder: Decoder, key: jax.Array, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+    """Fresh parameters, float32, created where they live: no device ever holds more than its part.
+
+    Args:
+      decoder: the model.
+      key: from `jax.random.key`.
+      mesh: as in `abstract_params`.
+    Returns:
+      Nested dict of arrays.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(decoder, mesh))
+    init = functools.partial(_init, decoder.config)
+    return jax.jit(init, out_shardings=None if mesh is None else shardings)(key)
+
+
+def _init(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
+    with nnx.use_eager_sharding(False):  # placement comes from jit's out_shardings
+        return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
+
+
+@functools.cache
+def _abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """The module's static graph, and the logical axes and shapes of its parameters as nested dicts."""
+    with nnx.use_eager_sharding(False):
+        graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    axes = jax.tree.map(lambda p: tuple(p.out_sharding), state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    shapes = jax.tree.map(lambda p: tuple(p.shape), nnx.to_pure_dict(state))
+    return graph, nnx.to_pure_dict(axes), shapes

@@ -1,0 +1,75 @@
+"""Attention over packed preference trees, in dense form.
+
+`tree_mask` is the one definition of who sees whom; `attention` is softmax attention under any mask, with grouped
+key/value heads. A query that sees no key (padding) returns zero, never NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def tree_mask(positions: jax.Array, group: jax.Array, candidate: jax.Array, *, window: int | None = None) -> jax.Array:
+    """Which keys each query sees: its own group's prompt and its own candidate, up to itself.
+
+    Query q sees key k iff they are of the same group (not padding), k stands at or before q in the row, and
+    `candidate[k]` is 0 (the shared prompt) or q's own.
+
+    Args:
+      positions: int `[rows, length]` position in the path.
+      group: int `[rows, length]` 0 for padding, which sees nothing and is seen by nothing.
+      candidate: int `[rows, length]` 0 for the prompt.
+      window: sliding window; a key must also satisfy `positions[q] - positions[k] < window`.
+    Returns:
+      bool `[rows, length, length]`: `[row, query, key]`.
+    Example:
+      >>> one = jnp.ones((1, 4), int)
+      >>> tree_mask(jnp.array([[0, 1, 2, 2]]), one, jnp.array([[0, 0, 1, 2]])).astype(int)
+      Array([[[1, 0, 0, 0],
+              [1, 1, 0, 0],
+              [1, 1, 1, 0],
+              [1, 1, 0, 1]]], dtype=int32)
+    """
+    length = group.shape[-1]
+    query = (slice(None), slice(None), None)  # [rows, length, 1]
+    key = (slice(None), None, slice(None))  # [rows, 1, length]
+    same_group = (group[query] == group[key]) & (group[query] != 0)
+    on_path = (candidate[key] == 0) | (candidate[key] == candidate[query])
+    mask = same_group & on_path & jnp.tril(jnp.ones((1, length, length), bool))  # [rows, length, length]
+    if window is not None:
+        mask &= positions[query] - positions[key] < window
+    return mask
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention; every key/value head serves `heads // kv_heads` query heads.
+
+    Logits and softmax are at least float32: a bfloat16 logit near 64 is off by up to 0.25.
+
+    Args:
+      q: `[rows, length, heads, head_dim]`.
+      k: `[rows, length, kv_heads, head_dim]`.
+      v: as `k`.
+      mask: bool `[rows, length, length]`, `[row, query, key]`.
+    Returns:
+      `[rows, length, heads, head_dim]`, dtype of `q`; zero where a query sees no key.
+    References:
+      Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Eq. 1; Ainslie et al. 2023,
+      https://arxiv.org/abs/2305.13245 (grouped heads).
+    """
+    rows, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    precision = full_precision(q.dtype)
+    q = q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    logits = jnp.einsum("rqngh,rknh->rngqk", q, k, preferred_element_type=wide, precision=precision)
+    seen = mask[:, None, None]  # [rows, 1, 1, query, key]
+    # Finite, so that a row without keys has no inf - inf; the second `where` then empties that row.
+    logits = jnp.where(seen, logits, jnp.finfo(wide).min / 2)
+    weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
+    out = jnp.einsum("rngqk,rknh->rqngh", weights, v, precision=precision)
+    return out.reshape(rows, length, heads, head_dim)
+
+
+def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Matrix products of float32 arrays are rounded to bfloat16 on TPU and TF32 on GPU unless this is asked for."""
+    return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None

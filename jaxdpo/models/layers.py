@@ -1,0 +1,159 @@
+"""The parts of a Transformer block as Flax NNX modules; every parameter names its logical axes.
+
+Parameters are float32 masters. A layer computes in the dtype of its input and casts its parameters at use; norms and
+rotary angles are at least float32.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxdpo.models.attention import attention, full_precision
+from jaxdpo.models.config import Rope, TransformerConfig
+from jaxdpo.sharding import constrain
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def make_param(config: TransformerConfig, axes: tuple[str, ...], init: jax.nn.initializers.Initializer, rngs: nnx.Rngs):
+    """A float32 parameter of logical axes `axes`, sized by `config.axis_sizes`."""
+    shape = tuple(config.axis_sizes[axis] for axis in axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (scale only), or LayerNorm (scale and bias), over the embed axis."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.eps = config.norm_eps
+        self.scale = make_param(config, ("embed",), jax.nn.initializers.ones, rngs)
+        centred = config.norm == "layernorm"
+        self.bias = make_param(config, ("embed",), jax.nn.initializers.zeros, rngs) if centred else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[rows, length, embed]` -> same shape and dtype."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.bias is not None:
+            wide = wide - wide.mean(axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
+        wide = wide * self.scale[...][None, None]
+        if self.bias is not None:
+            wide = wide + self.bias[...][None, None]
+        return wide.astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """A linear map from the last axes of its input to `outputs`, with or without bias."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.contracted = len(inputs)
+        self.kernel = make_param(config, inputs + outputs, jax.nn.initializers.normal(config.init_std), rngs)
+        self.bias = make_param(config, outputs, jax.nn.initializers.zeros, rngs) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[rows, length, *inputs]` -> `[rows, length, *outputs]`, same dtype."""
+        kernel = self.kernel[...].astype(x.dtype)
+        x = jnp.tensordot(x, kernel, axes=self.contracted, precision=full_precision(x.dtype))
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)[None, None]
+
+
+class Attention(nnx.Module):
+    """Self-attention with grouped key/value heads and optional rotary positions."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        project = functools.partial(Projection, config, bias=config.attention_bias, rngs=rngs)
+        self.q = project(("embed",), ("heads", "head_dim"))
+        self.k = project(("embed",), ("kv_heads", "head_dim"))
+        self.v = project(("embed",), ("kv_heads", "head_dim"))
+        self.o = project(("heads", "head_dim"), ("embed",))
+
+    def __call__(self, x: jax.Array, mask: jax.Array, angles: jax.Array | None) -> jax.Array:
+        """`x` `[rows, length, embed]`, `mask` `[rows, length, length]`, `angles` `[rows, length, head_dim / 2]`."""
+        q, k, v = self.q(x), self.k(x), self.v(x)  # [rows, length, heads or kv_heads, head_dim]
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q = constrain(q, "batch", None, "heads", None)
+        return self.o(attention(q, k, v, mask))  # [rows, length, embed]
+
+
+class MLP(nnx.Module):
+    """The feed-forward layer, gated (Shazeer 2020, https://arxiv.org/abs/2002.05202) or plain."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        project = functools.partial(Projection, config, bias=config.mlp_bias, rngs=rngs)
+        self.activation = config.activation
+        self.gate = project(("embed",), ("mlp",)) if config.gated_mlp else None
+        self.up = project(("embed",), ("mlp",))
+        self.down = project(("mlp",), ("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[rows, length, embed]` -> same shape and dtype."""
+        activation = ACTIVATIONS[self.activation]
+        wide = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        return self.down(constrain(wide, "batch", None, "mlp"))
+
+
+class Block(nnx.Module):
+    """Attention, then the feed-forward layer, each on a normed input and added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = Norm(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = Norm(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, angles: jax.Array | None) -> jax.Array:
+        """As `Attention`: `[rows, length, embed]` -> same shape and dtype."""
+        x = x + self.attention(self.attention_norm(x), mask, angles)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair of features, float64 `[head_dim / 2]`; see `Rope` for the kinds."""
+    frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        periods = rope.original_positions * frequencies / (2 * np.pi)  # turns within the original context
+        keep = (periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = np.clip(keep, 0, 1)  # 1: short wavelength, kept; 0: long, stretched
+        return frequencies * (keep + (1 - keep) / rope.factor)
+    return frequencies
+
+
+def rope_angles(rope: Rope, head_dim: int, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Angles `[rows, length, head_dim / 2]` in radians, at least float32: bfloat16 rounds position 257 to 256."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    frequencies = jnp.asarray(rope_frequencies(rope, head_dim), wide)
+    return positions.astype(wide)[..., None] * frequencies[None, None]
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns feature i together with feature i + head_dim/2 by angle i, the pairing of Hugging Face checkpoints.
+
+    Args:
+      x: `[rows, length, heads, head_dim]`.
+      angles: `[rows, length, head_dim / 2]` radians.
+    Returns:
+      `[rows, length, heads, head_dim]`, dtype of `x`.
+    """
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # [rows, length, 1, head_dim / 2]
+    first, second = jnp.split(x.astype(angles.dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,140 @@
+"""Orbax checkpoints that survive a kill at any moment and say so when a disk has changed them.
+
+A checkpoint is `STEP/params`, `STEP/opt_state` and `STEP/meta` (step, configuration, model, digests). Orbax commits a
+step by renaming it, so a save that was cut short is never the latest. It does not notice a flipped byte, so `meta`
+holds a CRC-32 of every array, verified when it is read back.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxdpo.train.state import TrainState
+from jaxdpo.types import InputError
+
+KEPT = 2
+"""Checkpoints kept: the latest, and the one before it in case the latest is damaged."""
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any]) -> None:
+        """Opens `directory`, creating it and clearing away saves that were cut short; `meta` goes with each save."""
+        self.meta = meta
+        keep = ocp.training.preservation_policies.LatestN(KEPT)
+        self.directory = directory
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(), preservation_policy=keep, cleanup_tmp_directories=True
+        )
+        self._pending: ocp.AsyncResponse | None = None
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else int(latest.step)
+
+    def save(self, state: TrainState) -> None:
+        """Starts to write the state in the background; returns once it is copied, so the state may be donated."""
+        self.wait()
+        digests = {"params": tree_digests(state.params), "opt_state": tree_digests(state.opt_state)}
+        step = int(state.step)
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step,
+            {
+                "params": state.params,
+                "opt_state": state.opt_state,
+                # As one text: Orbax would take an empty dict or list in it for no leaf at all.
+                "meta": {"json": json.dumps({**self.meta, "step": step, "digests": digests})},
+            },
+        )
+
+    def wait(self) -> None:
+        """Blocks until the last save is complete on disk; raises what went wrong with it."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest state, on the shardings of `like`.
+
+        Raises:
+          InputError: if an array on disk is not the one that was saved.
+        """
+        path = self.directory / str(self.latest_step)
+        meta = read_meta(path)
+        trees = _load(path, {"params": like.params, "opt_state": like.opt_state}, meta)
+        step = jax.device_put(np.int32(meta["step"]), like.step.sharding)
+        return TrainState(step, trees["params"], trees["opt_state"])
+
+    def close(self) -> None:
+        """Waits for the last save and releases the directory."""
+        self.wait()
+        self._checkpointer.close()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The directory of one step: `path` itself, or the latest step below it; InputError if there is neither."""
+    if (path / "meta").is_dir():
+        return path
+    steps = [p for p in path.glob("*") if p.name.isdigit() and (p / "meta").is_dir()] if path.is_dir() else []
+    if not steps:
+        raise InputError(
+            f"{path} holds no checkpoint; allowed: DIR/checkpoints or DIR/checkpoints/STEP of a run; "
+            "fix: give the --output-dir of a `jaxdpo dpo` run followed by /checkpoints"
+        )
+    return max(steps, key=lambda p: int(p.name))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The `meta` of one step's directory: `step`, `digests` and what `Checkpoints` was given."""
+    return json.loads(ocp.load_checkpointables(path.absolute(), {"meta": None})["meta"]["json"])
+
+
+def load_params(path: Path, abstract_params: dict) -> dict:
+    """The parameters of one step's directory, verified, on the shardings of `abstract_params`."""
+    return _load(path, {"params": abstract_params}, read_meta(path))["params"]
+
+
+def tree_digests(tree: Any) -> dict[str, int]:
+    """CRC-32 of every array of a pytree (4 GB/s), keyed by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
+
+
+def _crc32(array: Any) -> int:
+    host = np.ascontiguousarray(jax.device_get(array))
+    return zlib.crc32(host.reshape(-1).view(np.uint8))
+
+
+def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    def abstract(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    for name, tree in like.items():
+        keys = {jax.tree_util.keystr(key) for key, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        stored = set(meta["digests"][name])
+        if keys != stored:
+            raise InputError(
+                f"{path}: {name} holds other arrays than this model and optimizer: "
+                f"{sorted(stored ^ keys)[:4]}; fix: resume with the options the run was started with"
+            )
+    trees = ocp.load_checkpointables(path.absolute(), jax.tree.map(abstract, like))
+    for name, tree in trees.items():
+        if name not in like:
+            continue
+        for key, digest in tree_digests(tree).items():
+            if digest != meta["digests"][name][key]:
+                raise InputError(
+                    f"{path}: {name}{key} is not what was saved (CRC-32 {digest:08x}, saved "
+                    f"{meta['digests'][name][key]:08x}): the disk changed it; fix: remove {path} to go on from the "
+                    "checkpoint before it"
+                )
+    return trees

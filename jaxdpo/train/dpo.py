@@ -1,0 +1,227 @@
+"""One DPO run, from raw records to an exported Hugging Face directory. It reads top to bottom."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import tqdm
+
+from jaxdpo import plots
+from jaxdpo.config import DPOConfig
+from jaxdpo.data.layout import choose_capacity
+from jaxdpo.data.packing import Layout
+from jaxdpo.data.pipeline import StepPlan, all_batches, prefetched
+from jaxdpo.data.sources import LoadedPreferences, load_preferences
+from jaxdpo.data.tokenize import TokenizedDataset, tokenize_dataset
+from jaxdpo.hf import load_hf, load_tokenizer
+from jaxdpo.hub import resolve_model
+from jaxdpo.losses import LOSSES
+from jaxdpo.models import Decoder
+from jaxdpo.reference import dataset_logps, make_logp_program
+from jaxdpo.sharding import batch_size_multiple, make_mesh
+from jaxdpo.train.checkpoint import Checkpoints, read_meta, tree_digests
+from jaxdpo.train.evaluation import Evaluation, evaluate
+from jaxdpo.train.export import keep_model_files, write_export
+from jaxdpo.train.forecast import print_forecast
+from jaxdpo.train.loop import Objective, Schedule, train
+from jaxdpo.train.optimizer import make_optimizer, warmup_schedule
+from jaxdpo.train.run_dir import RunDir, claim, write_config
+from jaxdpo.train.state import TrainState, init_state
+from jaxdpo.train.step import make_programs
+from jaxdpo.train.writer import MetricsWriter, read_metrics
+from jaxdpo.types import InputError
+
+MICROBATCH_TOKENS = {"cpu": 2048}
+MICROBATCH_TOKENS_ELSEWHERE = 16384
+"""Most tokens of one forward pass per device, by platform, unless `microbatch_tokens` says otherwise."""
+SAVES = 10
+"""Checkpoints of a run, unless `save_every` says otherwise."""
+
+
+class RunResult(NamedTuple):
+    """What a run leaves in memory; the rest lies in its directory."""
+
+    steps: int
+    """Optimizer steps done in all."""
+    before: Evaluation | None
+    """Held-out pairs under the reference; None without held-out data."""
+    after: Evaluation | None
+    """Held-out pairs under the trained policy."""
+    seconds: float
+    """Of this call, from its first line to the export."""
+
+
+class Data(NamedTuple):
+    """A data file, read and tokenised."""
+
+    loaded: LoadedPreferences
+    dataset: TokenizedDataset
+
+
+class Prepared(NamedTuple):
+    """A run before its first pass over the data: everything checked, nothing trained."""
+
+    config: DPOConfig
+    """Resolved: nothing is left to be chosen."""
+    data: list[Data]
+    """The training data and, where there is one, the held-out data."""
+    decoder: Decoder
+    params: dict
+    layout: Layout
+    order: StepPlan
+    schedule: Schedule
+    meta: dict[str, Any]
+    """Saved with every checkpoint."""
+
+
+def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
+    """Trains a policy by DPO, or continues to, and exports it.
+
+    Args:
+      config: what `jaxdpo dpo` takes.
+      devices: where to run; all devices by default.
+    Raises:
+      InputError: for bad input: model, data, directory or options.
+      FloatingPointError: for a loss or gradient that is not finite.
+    """
+    began = time.perf_counter()
+    config, run, mesh = claim(config), RunDir(Path(config.output_dir)), make_mesh(devices)
+    config, data, decoder, params, layout, order, schedule, meta = prepare(config, run, mesh)
+    with jax.set_mesh(mesh):
+        program = make_logp_program(decoder)
+        batches = [list(all_batches(item.dataset, layout)) for item in data]
+        references = [
+            dataset_logps(program, params, of_file, mesh, label=f"reference, {name}")
+            for of_file, name in zip(batches, ("train", "held out"), strict=False)
+        ]
+        loss, scalars = LOSSES[config.loss], {"beta": config.beta, "label_smoothing": config.label_smoothing}
+        objective = Objective(loss, scalars, references[0], decoder.compute_dtype)
+        evaluations: list[Evaluation] = []
+
+        def held_out(params: dict) -> dict[str, float]:
+            policy = dataset_logps(program, params, batches[1], mesh, label="held out")
+            evaluations.append(evaluate(loss, policy, references[1], scalars))
+            return evaluations[-1].metrics
+
+        before = held_out(params) if config.eval_data else None
+        optimizer = make_optimizer(config)
+        state = init_state(params, optimizer, mesh)
+        del params  # the first step donates them
+        checkpoints = Checkpoints(run.checkpoints, meta)
+        if checkpoints.latest_step is not None:
+            state = _resumed(state, checkpoints, schedule.total)
+        start = int(state.step)
+        writer = MetricsWriter(run.metrics, resume_step=start)
+        if before is not None and start == 0:
+            writer.write({"step": 0, **before})
+        state = train(
+            state,
+            make_programs(decoder, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)),
+            prefetched(data[0].dataset, order, layout, start, schedule.total),
+            objective,
+            schedule,
+            evaluate=held_out if config.eval_data else None,
+            writer=writer,
+            checkpoints=checkpoints,
+        )
+        writer.close()
+        checkpoints.close()
+        if before is not None and start == schedule.total:  # nothing was left to train
+            held_out(state.params)
+        if start < schedule.total or not run.export.exists():
+            write_export(run.export, decoder, state.params, run, overwrite=True)
+        plots.save_curves(read_metrics(run.metrics), run.curves, title=f"{config.model}, DPO on {config.data}")
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+    return RunResult(schedule.total, first, last, time.perf_counter() - began)
+
+
+def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared:
+    """Reads data and model, chooses the layout, prints the plan and writes the resolved configuration.
+
+    Args:
+      config: as claimed by `claim`.
+      run: its directory.
+      mesh: where it will run.
+    Raises:
+      InputError: for whatever of it cannot be used.
+    """
+    paths = [path for path in (config.data, config.eval_data) if path is not None]
+    loaded = [load_preferences(path, config.format) for path in paths]
+    for item in loaded:
+        print(f"data       {item.summary()}")
+    model = resolve_model(config.model)
+    tokenizer = load_tokenizer(model)
+    data = [Data(item, _tokenize(item, tokenizer, config.max_length)) for item in loaded]
+
+    platform = mesh.devices.flat[0].platform
+    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    decoder, params = load_hf(model, compute_dtype=dtype, mesh=mesh)
+    _check_positions(decoder, config.max_length)
+    microbatch_tokens = config.microbatch_tokens or MICROBATCH_TOKENS.get(platform, MICROBATCH_TOKENS_ELSEWHERE)
+    order = StepPlan(len(data[0].dataset), config.batch_size, seed=config.seed, shuffle=config.shuffle)
+    layout = choose_capacity(
+        [item.dataset for item in data],
+        order.sampled_steps(),
+        max_microbatch_tokens=microbatch_tokens * batch_size_multiple(mesh),
+        row_multiple=batch_size_multiple(mesh),
+        row_length=config.row_length,
+    )
+    epochs = config.epochs or (1 if config.max_steps is None else None)
+    total = config.max_steps or order.num_steps_per_epoch * (epochs or 1)
+    config = dataclasses.replace(
+        config,
+        dtype=dtype,
+        epochs=epochs,
+        row_length=layout.capacity.length,
+        microbatch_tokens=microbatch_tokens,
+        save_every=config.save_every or math.ceil(total / SAVES),
+    )
+    print_forecast(config, decoder, params, [item.dataset for item in data], layout, order, total)
+    keep_model_files(run, model, tokenizer)
+    write_config(run, config)
+    meta = {
+        "config": dataclasses.asdict(config),
+        "data": [item.loaded.digest for item in data],
+        "initial_params": tree_digests(params),
+    }
+    learning_rate = warmup_schedule(config.learning_rate, config.warmup_steps)
+    schedule = Schedule(total, config.save_every, config.eval_every, learning_rate)
+    return Prepared(config, data, decoder, params, layout, order, schedule, meta)
+
+
+def _tokenize(loaded: LoadedPreferences, tokenizer: Any, max_length: int) -> TokenizedDataset:
+    with tqdm.tqdm(total=len(loaded.preferences), desc="tokenize", unit="pair", leave=False, disable=None) as bar:
+        dataset = tokenize_dataset(loaded.preferences, tokenizer, max_length, progress=bar.update)
+    print(f"tokens     {loaded.path}: {dataset.summary()}")
+    return dataset
+
+
+def _check_positions(decoder: Decoder, max_length: int) -> None:
+    if max_length > decoder.config.max_positions:
+        raise InputError(
+            f"--max-length {max_length} exceeds the model's {decoder.config.max_positions} positions; "
+            f"allowed: up to {decoder.config.max_positions}; fix: lower --max-length"
+        )
+
+
+def _resumed(state: TrainState, checkpoints: Checkpoints, total: int) -> TrainState:
+    """The state of the latest checkpoint; InputError if model or data are not those it was saved with."""
+    path = checkpoints.directory / str(checkpoints.latest_step)
+    saved = read_meta(path)
+    for name, what in (("data", "data files"), ("initial_params", "model's weights")):
+        if saved[name] != checkpoints.meta[name]:
+            raise InputError(
+                f"{path} was trained from other {what} than these; allowed: the same; fix: bring back the {what} of "
+                "that run, or give another --output-dir"
+            )
+    if saved["step"] > total:
+        raise InputError(
+            f"{path} is past the {total} steps asked for; allowed: at least {saved['step']}; fix: raise --max-steps "
+            "or --epochs, or export an earlier checkpoint with `jaxdpo export`"
+        )
+    print(f"resume     step {saved['step']} of {total}, from {path}")
+    return checkpoints.restore(state)

@@ -1,0 +1,134 @@
+"""The directory of a run: what lies where, whose run it is, and whether this one may continue it.
+
+config.yaml     the resolved configuration; `jaxdpo dpo --config` on it reproduces the run
+metrics.jsonl   one object per optimizer step
+curves.png      the same as a picture
+checkpoints/    Orbax
+model/          the model's Hugging Face configuration and tokenizer, without weights
+export/         the trained model in Hugging Face format
+"""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import ruamel.yaml
+
+from jaxdpo.config import DPOConfig, flag, from_mapping
+from jaxdpo.types import InputError
+
+MAY_DIFFER = frozenset({"output_dir", "resume", "epochs", "max_steps", "save_every", "eval_every"})
+"""Options that a resumed run may change: they do not change any step that both runs take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The metrics as a picture."""
+        return self.root / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax checkpoints, one directory per step."""
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """Hugging Face configuration and tokenizer of the model, without weights."""
+        return self.root / "model"
+
+    @property
+    def export(self) -> Path:
+        """The trained model in Hugging Face format."""
+        return self.root / "export"
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML 1.2 mapping (`1e-6` is a float, `no` is a text); InputError with the line otherwise."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; allowed: a YAML file of options; fix: check the path")
+    try:
+        mapping = ruamel.yaml.YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (ruamel.yaml.error.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path} holds {type(mapping).__name__}; allowed: a mapping of options, e.g. `beta: 0.1`")
+    return mapping
+
+
+def write_config(run: RunDir, config: DPOConfig) -> None:
+    """Writes the resolved configuration."""
+    text = io.StringIO()
+    yaml = ruamel.yaml.YAML()
+    yaml.dump(dataclasses.asdict(config), text)
+    run.root.mkdir(parents=True, exist_ok=True)
+    temporary = run.config.with_suffix(".tmp")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(temporary, run.config)
+
+
+def claim(config: DPOConfig) -> DPOConfig:
+    """Makes `output_dir` this run's: new, or checked to hold the same run.
+
+    Returns:
+      The configuration; where it leaves a choice open that the run in the directory has made, with that choice.
+    Raises:
+      InputError: if the directory holds another run, if `resume` is "never" and it holds one, or "must" and it holds
+        none.
+    """
+    run = RunDir(Path(config.output_dir))
+    if run.root.exists() and not run.root.is_dir():
+        raise InputError(f"--output-dir {run.root} is a file; allowed: a directory, new or this run's own")
+    if not run.config.exists():
+        present = [path.name for path in (run.metrics, run.checkpoints, run.export) if path.exists()]
+        if present:
+            raise InputError(
+                f"--output-dir {run.root} holds {', '.join(present)} but no config.yaml, so it is another program's; "
+                "fix: give another directory"
+            )
+        if config.resume == "must":
+            raise InputError(f"--resume must: {run.root} holds no run; fix: check --output-dir, or use --resume auto")
+        return config
+    if config.resume == "never":
+        raise InputError(f"--resume never: {run.root} holds a run; fix: give another --output-dir, or remove it")
+    return _continued(config, stored_config(run), run)
+
+
+def stored_config(run: RunDir) -> DPOConfig:
+    """The resolved configuration of the run in a directory."""
+    return DPOConfig(**from_mapping(DPOConfig, read_yaml(run.config), str(run.config)))
+
+
+def _continued(config: DPOConfig, stored: DPOConfig, run: RunDir) -> DPOConfig:
+    differing = []
+    adopted = {}
+    for field in dataclasses.fields(DPOConfig):
+        name, asked, had = field.name, getattr(config, field.name), getattr(stored, field.name)
+        if name in MAY_DIFFER or asked == had:
+            continue
+        if asked is None and field.default is None and had is not None and name != "eval_data":
+            adopted[name] = had
+        else:
+            differing.append(f"{flag(name)} is {asked!r} here and {had!r} there")
+    if differing:
+        raise InputError(
+            f"--output-dir {run.root} holds another run: {'; '.join(differing)}; "
+            "fix: give another --output-dir, or the options that run was started with"
+        )
+    return dataclasses.replace(config, **adopted)

@@ -1,0 +1,42 @@
+"""`metrics.jsonl`: one JSON object per optimizer step, whole lines only, continued exactly after a resume."""
+
+import json
+import os
+from pathlib import Path
+
+from jaxdpo.types import InputError
+
+
+class MetricsWriter:
+    """Appends rows to a JSON-lines file; each row is on disk before `write` returns to a killed process's successor."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Opens the file and cuts rows whose `step` is above `resume_step`, and a torn last line."""
+        kept = [row for row in _whole_rows(path) if row["step"] <= resume_step] if resume_step > 0 else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 -- held open for the whole run
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends one row and flushes it, so that it outlives this process."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All rows of a `metrics.jsonl`; InputError if there is none."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; allowed: the metrics.jsonl of a run; fix: start the run first")
+    return _whole_rows(path)
+
+
+def _whole_rows(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was torn by a kill

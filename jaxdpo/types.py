@@ -1,0 +1,107 @@
+"""What flows through jaxdpo: a `Preference` of text, a `Batch` of preference trees, and the error for bad input.
+
+A batch is `rows x groups x candidates`. A group is one prompt with its ranked completions, best first. The prompt's
+tokens stand in the row once; every candidate follows it and sees the prompt and itself, never a sibling. Several
+groups share a row. Pairs are two candidates, rankings are ragged.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or jax.Array: a Batch is built by NumPy and consumed by jax
+
+PADDING = 0
+"""Value of `Batch.group` where the row holds no token."""
+UNRANKED = np.iinfo(np.int32).max
+"""Value of `Batch.rank` for a candidate that is absent or below the observed top k."""
+
+
+class InputError(ValueError):
+    """Input that cannot be used as it is; the message says what, got, allowed and fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """One prompt and its completions as text, best first.
+
+    Attributes:
+      prompt: text before the completion, may be empty.
+      completions: at least one text, best first.
+      source: the file it came from, for messages.
+      line: its line in that file, from 1.
+    """
+
+    prompt: str
+    completions: tuple[str, ...]
+    source: str
+    line: int
+
+
+class Batch(NamedTuple):
+    """Preference trees packed in rows of one static shape; all fields are arrays, int32 unless said otherwise."""
+
+    tokens: Array
+    """`[rows, length]` token ids; 0 where `group` is 0."""
+    positions: Array
+    """`[rows, length]` position in its path (prompt + one completion); restarts at the prompt's end per candidate."""
+    group: Array
+    """`[rows, length]` 0 padding, else 1-based group of the row."""
+    candidate: Array
+    """`[rows, length]` 0 prompt (shared), else 1-based candidate of its group."""
+    slot_source: Array
+    """`[rows, slots]` row index of the hidden state that predicts this slot's token."""
+    slot_target: Array
+    """`[rows, slots]` the token it must predict."""
+    slot_owner: Array
+    """`[rows, slots]` `(group-1)*candidates + candidate-1`; `groups*candidates` marks an empty slot."""
+    candidate_last: Array
+    """`[rows, groups, candidates]` row index of the candidate's last token (EOS included); 0 where absent."""
+    candidate_mask: Array
+    """bool `[rows, groups, candidates]` which candidates exist."""
+    rank: Array
+    """`[rows, groups, candidates]` 0 is best, equal values tie, `UNRANKED` is below the observed top k or absent."""
+    example_id: Array
+    """`[rows, groups]` index of the group in its dataset, -1 for an empty group."""
+
+    @property
+    def group_mask(self) -> Array:
+        """bool `[rows, groups]`: which groups exist."""
+        return self.candidate_mask.any(axis=-1)
+
+
+def check_batch(batch: Batch) -> None:
+    """Raises ValueError, naming field and row, where a host-side batch breaks the contract of `Batch`."""
+    rows, length = batch.tokens.shape
+    groups, candidates = batch.candidate_mask.shape[1:]
+    empty = groups * candidates
+
+    def require(holds: np.ndarray, what: str) -> None:
+        if not np.all(holds):
+            row = int(np.argwhere(~np.asarray(holds))[0][0])
+            raise ValueError(f"Batch row {row}: {what}")
+
+    for name in ("positions", "group", "candidate"):
+        if getattr(batch, name).shape != (rows, length):
+            raise ValueError(f"Batch.{name} has shape {getattr(batch, name).shape}; allowed: {(rows, length)}")
+    scored = batch.slot_owner < empty
+    source = np.take_along_axis(batch.group, batch.slot_source, axis=1)
+    owner_group = np.where(scored, batch.slot_owner // candidates + 1, 0)
+    owner_candidate = np.where(scored, batch.slot_owner % candidates + 1, 0)
+    source_candidate = np.take_along_axis(batch.candidate, batch.slot_source, axis=1)
+    last_group = np.take_along_axis(batch.group, batch.candidate_last.reshape(rows, -1), axis=1)
+    expected_group = np.repeat(np.arange(1, groups + 1), candidates)[None]
+    mask = batch.candidate_mask.reshape(rows, -1)
+    require((batch.group >= 0) & (batch.group <= groups), f"group outside 0..{groups}")
+    require((batch.group != PADDING) | (batch.tokens == 0), "padding holds a token other than 0")
+    require((batch.group != PADDING) | (batch.candidate == 0), "padding belongs to a candidate")
+    require((batch.slot_owner >= 0) & (batch.slot_owner <= empty), f"slot_owner outside 0..{empty}")
+    require(~scored | (source == owner_group), "a slot is predicted from another group's token")
+    require(
+        ~scored | (source_candidate == 0) | (source_candidate == owner_candidate),
+        "a slot is predicted from a sibling candidate's token",
+    )
+    require(~mask | (last_group == expected_group), "candidate_last points outside its group")
+    require((batch.example_id >= 0) == batch.group_mask, "example_id and candidate_mask disagree on which groups exist")
+    require((batch.rank != UNRANKED) <= batch.candidate_mask, "an absent candidate has a rank")

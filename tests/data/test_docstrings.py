@@ -1,0 +1,13 @@
+"""The examples in the docstrings of `jaxdpo.data` are its first tests."""
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["formats", "packing", "pipeline"])
+def test_examples(module):
+    result = doctest.testmod(importlib.import_module(f"jaxdpo.data.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdpo.data.packing import Capacity, Layout, build_batch, pack
+from jaxdpo.types import UNRANKED, InputError, check_batch
+from tests.data.trees import DATASETS, dataset, expected_paths, group, read_paths
+
+
+def pack_dataset(data, capacity):
+    return pack(data.tokens, data.slots, capacity)
+
+
+def batch_of(data, rows, layout):
+    return build_batch(data.groups, range(len(data)), rows, layout)
+
+
+@settings(deadline=None)
+@given(DATASETS, st.integers(0, 40), st.integers(0, 20), st.integers(1, 6))
+def test_every_group_is_packed_once_and_no_row_overflows(data, spare_length, spare_slots, groups):
+    capacity = Capacity(int(data.tokens.max()) + spare_length, int(data.slots.max()) + spare_slots, groups, 5)
+    rows = pack_dataset(data, capacity)
+    assert sorted(index for row in rows for index in row) == list(range(len(data)))
+    for row in rows:
+        assert 0 < len(row) <= groups
+        assert data.tokens[row].sum() <= capacity.length
+        assert data.slots[row].sum() <= capacity.slots
+    assert pack_dataset(data, capacity) == rows
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "capacity", "rows"),
+    [
+        ([60, 50, 40, 10], [9] * 4, Capacity(100, 99, 9, 2), [[0, 2], [1, 3]]),
+        ([60, 50, 40, 30], [9] * 4, Capacity(100, 20, 9, 2), [[0, 2], [1, 3]]),
+        ([10, 10, 10, 10], [9] * 4, Capacity(100, 20, 9, 2), [[0, 1], [2, 3]]),
+        ([10, 10, 10, 10], [9] * 4, Capacity(100, 99, 3, 2), [[0, 1, 2], [3]]),
+        ([10, 90], [9, 9], Capacity(100, 99, 9, 2), [[1, 0]]),
+        ([50, 20, 20], [1, 30, 10], Capacity(100, 30, 9, 2), [[1], [0, 2]]),
+        ([], [], Capacity(100, 99, 9, 2), []),
+    ],
+    ids=["length closes", "best fit", "slots close", "groups close", "largest first", "slots count as size", "nothing"],
+)
+def test_pack_by_hand(tokens, slots, capacity, rows):
+    assert pack(tokens, slots, capacity) == rows
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [([5, 101], [1, 1]), ([5, 60], [1, 31])])
+def test_a_group_that_exceeds_the_capacity_is_an_error(tokens, slots):
+    message = f"group 1 needs {tokens[1]} tokens, {slots[1]} of them scored; allowed: 100 and 30 a row"
+    with pytest.raises(InputError, match=message):
+        pack(tokens, slots, Capacity(100, 30, 4, 2))
+
+
+def test_batch_by_hand():
+    data = dataset([(2, 1, 3), (1, 2)])
+    (prompt, chosen, rejected), (single, only) = (
+        [ids.tolist() for ids in (g.prompt, *g.completions)] for g in data.groups
+    )
+    batch = batch_of(data, [[0, 1]], Layout(Capacity(length=10, slots=8, groups=3, candidates=2), rows=2))
+    check_batch(batch)
+    assert batch.tokens.tolist() == [[*prompt, *chosen, *rejected, *single, *only, 0], [0] * 10]
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 4, 0, 1, 2, 0], [0] * 10]
+    assert batch.group.tolist() == [[1, 1, 1, 1, 1, 1, 2, 2, 2, 0], [0] * 10]
+    assert batch.candidate.tolist() == [[0, 0, 1, 2, 2, 2, 0, 1, 1, 0], [0] * 10]
+    assert batch.slot_source.tolist() == [[1, 1, 3, 4, 6, 7, 0, 0], [0] * 8]
+    assert batch.slot_target.tolist() == [[*chosen, *rejected, *only, 0, 0], [0] * 8]
+    assert batch.slot_owner.tolist() == [[0, 1, 1, 1, 2, 2, 6, 6], [6] * 8]
+    assert batch.candidate_last.tolist() == [[[2, 5], [8, 0], [0, 0]], [[0, 0]] * 3]
+    assert batch.candidate_mask.tolist() == [[[True, True], [True, False], [False, False]], [[False, False]] * 3]
+    assert batch.rank.tolist() == [[[0, 1], [0, UNRANKED], [UNRANKED] * 2], [[UNRANKED] * 2] * 3]
+    assert batch.example_id.tolist() == [[0, 1, -1], [-1, -1, -1]]
+    assert {field.dtype for field in batch} == {np.dtype(np.int32), np.dtype(bool)}
+    assert [name for name, field in batch._asdict().items() if field.dtype == bool] == ["candidate_mask"]
+
+
+@settings(deadline=None)
+@given(DATASETS, st.integers(0, 60), st.integers(0, 9))
+def test_paths_read_back_from_a_batch_are_prompt_and_completion(data, spare, empty_rows):
+    capacity = Capacity(int(data.tokens.max()) + spare, int(data.slots.max()) + spare, groups=7, candidates=5)
+    rows = pack_dataset(data, capacity)
+    batch = batch_of(data, rows, Layout(capacity, len(rows) + empty_rows))
+    check_batch(batch)
+    assert read_paths(batch) == expected_paths(data, list(range(len(data))))
+    scored = batch.slot_owner < capacity.groups * capacity.candidates
+    assert scored.sum() == data.slots.sum()
+    assert (batch.group > 0).sum() == data.tokens.sum()
+    assert not batch.group_mask[len(rows) :].any()
+
+
+def test_example_ids_are_those_that_were_passed():
+    data = dataset([(1, 1, 1)] * 3)
+    batch = build_batch(data.groups, [70, 80, 90], [[2, 0], [1]], Layout(Capacity(6, 4, 2, 2), rows=2))
+    assert batch.example_id.tolist() == [[90, 70], [80, -1]]
+
+
+def test_batch_of_nothing_is_empty():
+    batch = build_batch([], [], [], Layout(Capacity(4, 3, 2, 2), rows=2))
+    check_batch(batch)
+    assert not batch.group_mask.any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "capacity"),
+    [
+        ([[0], [1], [0]], Capacity(20, 20, 4, 2)),
+        ([[0, 1]], Capacity(9, 20, 4, 2)),
+        ([[0, 1]], Capacity(20, 5, 4, 2)),
+        ([[0, 1]], Capacity(20, 20, 1, 2)),
+        ([[0, 1]], Capacity(20, 20, 4, 1)),
+    ],
+    ids=["rows", "length", "slots", "groups", "candidates"],
+)
+def test_rows_that_do_not_fit_the_layout_are_refused(rows, capacity):
+    groups = [group(2, 1, 2), group(2, 1, 2)]
+    layout = Layout(capacity, rows=2)
+    with pytest.raises(ValueError, match=r"the rows need Layout.*; allowed: Layout"):
+        build_batch(groups, [0, 1], rows, layout)
+
+
+def test_layout_sums_itself_up():
+    layout = Layout(Capacity(length=512, slots=256, groups=8, candidates=2), rows=4)
+    assert layout.tokens == 4 * 512
+    assert layout.summary() == (
+        "microbatches of 4 rows x 512 tokens; a row takes up to 256 scored tokens and 8 groups of up to 2 completions"
+    )

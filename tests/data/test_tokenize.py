@@ -1,0 +1,206 @@
+import string
+
+import numpy as np
+import pytest
+
+from jaxdpo.data import tokenize
+from jaxdpo.data.formats import Unusable
+from jaxdpo.data.tokenize import EncodingFacts, encoding_facts, tokenize_dataset, tokenize_preference
+from jaxdpo.types import InputError, Preference
+from tests.data.toy_tokenizers import (
+    BERT_LIKE,
+    BOS,
+    EOS,
+    GPT2_LIKE,
+    LLAMA_LIKE,
+    NO_EOS,
+    SMOLLM_LIKE,
+    T5_LIKE,
+    toy_tokenizer,
+)
+
+TOKENIZERS = {
+    "smollm": (SMOLLM_LIKE, EncodingFacts(prefix=(), eos=EOS, empty_prompt=(BOS,))),
+    "llama": (LLAMA_LIKE, EncodingFacts(prefix=(BOS,), eos=EOS, empty_prompt=(BOS,))),
+    "gpt2": (GPT2_LIKE, EncodingFacts(prefix=(), eos=EOS, empty_prompt=(EOS,))),
+    "t5": (T5_LIKE, EncodingFacts(prefix=(), eos=EOS, empty_prompt=(EOS,))),
+    "prefix that is not its bos_token": (
+        toy_tokenizer(bos=None, template="<bos> $A"),
+        EncodingFacts(prefix=(BOS,), eos=EOS, empty_prompt=(BOS,)),
+    ),
+    "bert": (BERT_LIKE, EncodingFacts(prefix=(BOS,), eos=EOS, empty_prompt=(BOS,))),
+}
+each_tokenizer = pytest.mark.parametrize("tokenizer, facts", TOKENIZERS.values(), ids=TOKENIZERS)
+
+
+def preference(prompt, *completions, line=1):
+    return Preference(prompt, completions, "data.jsonl", line)
+
+
+def ids(text):
+    return SMOLLM_LIKE(text)["input_ids"]
+
+
+def as_lists(group):
+    return [group.prompt.tolist(), *(completion.tolist() for completion in group.completions)]
+
+
+@each_tokenizer
+def test_encoding_facts(tokenizer, facts):
+    assert encoding_facts(tokenizer) == facts
+
+
+@each_tokenizer
+def test_bos_stands_where_the_tokenizer_puts_it_and_eos_ends_every_completion(tokenizer, facts):
+    group = tokenize_preference(preference("cat", " sat", " ran off"), tokenizer, 64)
+    assert as_lists(group) == [[*facts.prefix, *ids("cat")], [*ids(" sat"), EOS], [*ids(" ran off"), EOS]]
+    assert all(array.dtype == np.int32 for array in (group.prompt, *group.completions))
+    assert not group.prompt_truncated and group.completions_truncated == (False, False)
+    assert (group.slots, group.tokens) == (5 + 9, len(group.prompt) + 14)
+    assert group.longest_path == len(group.prompt) + 9
+    assert (group.source, group.line) == ("data.jsonl", 1)
+
+
+@each_tokenizer
+def test_empty_prompt_has_a_predictor(tokenizer, facts):
+    assert as_lists(tokenize_preference(preference("", "a", "b"), tokenizer, 64))[0] == list(facts.empty_prompt)
+
+
+def test_bos_that_a_template_wrote_is_not_doubled():
+    group = tokenize_preference(preference("<bos>cat", "a", "b"), LLAMA_LIKE, 64)
+    assert as_lists(group)[0] == [BOS, *ids("cat")]
+
+
+def test_eos_that_the_text_ends_in_is_not_doubled():
+    group = tokenize_preference(preference("cat", "a<eos>", "b"), SMOLLM_LIKE, 64)
+    assert as_lists(group)[1:] == [[*ids("a"), EOS], [*ids("b"), EOS]]
+
+
+def test_no_merge_crosses_the_boundary():
+    assert ids("th") != ids("t") + ids("h")
+    group = tokenize_preference(preference("t", "h", "hth"), SMOLLM_LIKE, 64)
+    assert as_lists(group) == [ids("t"), [*ids("h"), EOS], [*ids("h"), *ids("th"), EOS]]
+
+
+LETTERS = string.ascii_lowercase.replace("t", "")  # one token each
+
+
+@pytest.mark.parametrize("tokenizer", [SMOLLM_LIKE, LLAMA_LIKE], ids=["no prefix", "prefix"])
+@pytest.mark.parametrize(
+    ("prompt", "completions", "max_length", "kept_prompt", "kept_completions"),
+    [
+        # sizes in tokens: completions with their EOS, the prompt with the tokenizer's prefix
+        pytest.param(4, (4, 3), 8, 4, (4, 3), id="fits exactly"),
+        pytest.param(4, (4, 3), 7, 4, (3, 3), id="loses nothing but EOS"),
+        pytest.param(10, (3, 2), 8, 5, (3, 2), id="long prompt: cut for the longest completion"),
+        pytest.param(10, (10, 4), 8, 4, (4, 4), id="both long: half each"),
+        pytest.param(10, (10, 4), 7, 4, (3, 3), id="odd: the prompt gets the odd token"),
+        pytest.param(2, (10, 4), 8, 2, (6, 4), id="short prompt: its room goes to the completions"),
+        pytest.param(10, (10, 9, 2, 3), 8, 4, (4, 4, 2, 3), id="ragged"),
+        pytest.param(9, (2, 3), 4, 2, (2, 2), id="tiny"),
+    ],
+)
+def test_over_long_paths(tokenizer, prompt, completions, max_length, kept_prompt, kept_completions):
+    prefix = list(encoding_facts(tokenizer).prefix)
+    prompt_text = LETTERS[: prompt - len(prefix)]
+    texts = [LETTERS[i : i + size - 1] for i, size in enumerate(completions)]
+    group = tokenize_preference(preference(prompt_text, *texts), tokenizer, max_length)
+
+    kept_text = kept_prompt - len(prefix)
+    assert group.prompt.tolist() == prefix + ids(prompt_text)[prompt - len(prefix) - kept_text :]  # keeps its end
+    for ids_kept, text, size in zip(group.completions, texts, kept_completions, strict=True):
+        assert ids_kept.tolist() == [*ids(text), EOS][:size]  # keeps its start
+    assert group.prompt_truncated == (kept_prompt < prompt)
+    assert group.completions_truncated == tuple(a < b for a, b in zip(kept_completions, completions, strict=True))
+    assert group.longest_path <= max_length
+
+
+def test_smallest_max_length_holds_the_prefix():
+    group = tokenize_preference(preference("cat", "a", "b"), LLAMA_LIKE, 2)
+    assert as_lists(group) == [[BOS], ids("a"), ids("b")]
+
+
+@pytest.mark.parametrize("max_length", [1, 0, -5])
+def test_max_length_too_small(max_length):
+    with pytest.raises(InputError, match=f"max_length={max_length} cannot hold .* allowed: at least 2"):
+        tokenize_preference(preference("cat", "a", "b"), SMOLLM_LIKE, max_length)
+
+
+def test_completions_that_become_identical_are_unusable():
+    with pytest.raises(Unusable, match="two completions have the same first 4 tokens"):
+        tokenize_preference(preference("x" * 9, "same start", "same end"), SMOLLM_LIKE, 8)
+
+
+def test_completion_of_eos_alone_is_unusable():
+    with pytest.raises(Unusable, match="a completion has no tokens"):
+        tokenize_preference(preference("cat", "a", "<eos>"), SMOLLM_LIKE, 8)
+
+
+def test_tokenizer_without_eos():
+    with pytest.raises(InputError, match=r"the tokenizer has no EOS token.*set eos_token"):
+        tokenize_dataset([preference("cat", "a", "b")], NO_EOS, 8)
+
+
+class Fixed:
+    """A tokenizer that says the same of every text."""
+
+    bos_token_id, eos_token_id = None, EOS
+
+    def __init__(self, plain, whole):
+        self.plain, self.whole = plain, whole
+
+    def __call__(self, text, **options):
+        return {"input_ids": self.whole if isinstance(text, str) else [self.plain for _ in text]}
+
+
+@pytest.mark.parametrize("tokenizer", [Fixed([], [BOS]), Fixed([5, 6], [BOS, 7])], ids=["no ids", "other ids"])
+def test_tokenizer_that_cannot_be_understood(tokenizer):
+    with pytest.raises(InputError, match="the tokenizer encodes 'Hello world' as"):
+        encoding_facts(tokenizer)
+
+
+def test_dataset_is_its_preferences_one_by_one(monkeypatch):
+    monkeypatch.setattr(tokenize, "CHUNK", 3)
+    preferences = [
+        preference("p" * n, *("abc"[k] * (n + k + 1) for k in range(1 + n % 3)), line=n + 1) for n in range(10)
+    ]
+    done = []
+    dataset = tokenize_dataset(preferences, LLAMA_LIKE, 12, progress=done.append)
+    one_by_one = [tokenize_preference(item, LLAMA_LIKE, 12) for item in preferences]
+    assert [as_lists(group) for group in dataset.groups] == [as_lists(group) for group in one_by_one]
+    assert done == [3, 3, 3, 1]
+    assert len(dataset) == 10 and dataset.candidates == 3
+    assert dataset.tokens.tolist() == [group.tokens for group in one_by_one]
+    assert dataset.slots.tolist() == [group.slots for group in one_by_one]
+    assert dataset.longest_path == max(group.longest_path for group in one_by_one) == 12
+
+
+def test_dataset_counts_what_was_cut_and_names_what_was_dropped():
+    preferences = [
+        preference("abc", "d", "e", line=1),
+        preference("x" * 9, "same start", "same end", line=2),
+        preference("x" * 9, "long one", "other", line=4),
+        preference("x" * 9, "d", "<eos>", line=5),
+    ]
+    dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8)
+    assert [group.line for group in dataset.groups] == [1, 4]
+    assert dataset.dropped == ((2, "two completions have the same first 4 tokens"), (5, "a completion has no tokens"))
+    assert (dataset.truncated_prompts, dataset.truncated_completions) == (1, 2)
+    assert dataset.summary() == (
+        f"2 groups, {3 + 2 + 2 + 4 + 4 + 4} tokens of which {2 + 2 + 4 + 4} are scored, "
+        "1 prompts lost their beginning, 2 completions lost their end, "
+        "dropped 2: row 1 (line 2): two completions have the same first 4 tokens; row 4 (line 5): a completion has no tokens"
+    )
+
+
+def test_dataset_without_a_usable_preference():
+    with pytest.raises(InputError, match=r"none of 1 preferences is usable .* row 6 \(line 7\): a completion has no tokens"):
+        tokenize_dataset([preference("x", "d", "<eos>", line=7)], SMOLLM_LIKE, 8)
+
+
+def test_truncation_and_padding_saved_with_a_tokenizer_do_not_apply():
+    tokenizer = toy_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=20, pad_id=EOS)
+    group = tokenize_preference(preference("longer than three", "a", "bb"), tokenizer, 64)
+    assert as_lists(group) == [ids("longer than three"), [*ids("a"), EOS], [*ids("bb"), EOS]]

@@ -1,0 +1,208 @@
+"""The decoder: trees equal separate passes, every parameter has its axes, and dtypes are what they say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdpo.models import Decoder, abstract_params, init_params, logical_axes, make_decoder
+from jaxdpo.sharding import AXIS_RULES, make_mesh
+from jaxdpo.types import Batch, InputError
+from tests import tiny
+
+CONFIGS = {
+    "llama": dataclasses.replace(tiny.LLAMA, tie_embeddings=False),
+    "tied": tiny.LLAMA,
+    "window": dataclasses.replace(tiny.LLAMA, sliding_window=4),
+    "learned-positions": tiny.GPT2,
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+HIDDEN = jax.jit(Decoder.hidden, static_argnums=0)
+
+
+def pack(rows, length):
+    """A `Batch` of only what `Decoder.hidden` reads; a row is a list of groups, a group a prompt and candidates."""
+    fields = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "group", "candidate")}
+    spans = []
+    for row, groups in enumerate(rows):
+        at = 0
+        for group, (prompt, *candidates) in enumerate(groups, start=1):
+            for number, part in enumerate((prompt, *candidates)):
+                here = slice(at, at + len(part))
+                first = len(prompt) if number else 0
+                fields["tokens"][row, here] = part
+                fields["positions"][row, here] = np.arange(first, first + len(part))
+                fields["group"][row, here] = group
+                fields["candidate"][row, here] = number
+                spans.append((row, here, prompt, part, number))
+                at += len(part)
+    return Batch(**fields, **dict.fromkeys(Batch._fields[4:])), spans
+
+
+def random_rows(seed, shape):
+    """`shape`: per row, per group, the lengths of the prompt and of each candidate."""
+    rng = np.random.default_rng(seed)
+    return [[[rng.integers(0, 61, n) for n in group] for group in row] for row in shape]
+
+
+TREES = random_rows(0, [[(5, 3, 1), (1, 2)], [(7, 1, 4, 2, 6, 1)], []])
+
+
+def plain(tokens):
+    """One text by itself."""
+    zeros = np.zeros((1, len(tokens)), np.int32)
+    fields = (tokens[None], np.arange(len(tokens))[None], zeros + 1, zeros)
+    return Batch(*fields, *([None] * (len(Batch._fields) - 4)))
+
+
+@every_config
+def test_packed_trees_equal_separate_passes(config):
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(config, "float64")
+        params = tiny.as_dtype(init_params(decoder, jax.random.key(1)), "float64")
+        batch, spans = pack(TREES, 24)
+        states = HIDDEN(decoder, params, batch)
+        assert states.dtype == jnp.float64
+        assert np.isfinite(states).all()
+        for row, here, prompt, part, number in spans:
+            path = np.concatenate([prompt, part]) if number else prompt
+            alone = HIDDEN(decoder, params, plain(path))[0, -len(part) :]
+            np.testing.assert_allclose(states[row, here], alone, rtol=1e-10, atol=1e-10)
+
+
+@every_config
+def test_a_sibling_and_another_group_change_nothing(config):
+    decoder = tiny.decoder(config)
+    params = init_params(decoder, jax.random.key(0))
+    batch, spans = pack(TREES, 24)
+    row, here, *_ = spans[2]  # second candidate of the first group
+    tokens = batch.tokens.copy()
+    tokens[row, here] = (tokens[row, here] + 7) % 61
+    before, after = HIDDEN(decoder, params, batch), HIDDEN(decoder, params, batch._replace(tokens=tokens))
+    untouched = np.ones(batch.tokens.shape, bool)
+    untouched[row, here] = False
+    np.testing.assert_array_equal(before[untouched], after[untouched])
+    assert (before[row, here] != after[row, here]).any()
+
+
+@every_config
+def test_window_and_causality_of_logits(config):
+    decoder = tiny.decoder(config)
+    params = init_params(decoder, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 61, (1, 16))
+    changed = tokens.copy()
+    changed[0, 6] = (changed[0, 6] + 1) % 61
+    logits = jax.jit(decoder.logits)
+    reached = np.flatnonzero(np.asarray(logits(params, tokens) != logits(params, changed))[0].any(-1))
+    # Each layer reaches `window` - 1 positions further.
+    last = 15 if config.sliding_window is None else 6 + config.num_layers * (config.sliding_window - 1)
+    np.testing.assert_array_equal(reached, np.arange(6, last + 1))
+
+
+@every_config
+def test_every_parameter_names_its_axes(config):
+    decoder = tiny.decoder(config)
+    axes, shapes = logical_axes(decoder), abstract_params(decoder)
+    flat = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    for names, leaf in zip(flat, jax.tree.leaves(shapes), strict=True):
+        assert len(names) == leaf.ndim
+        assert leaf.shape == tuple(config.axis_sizes[name] for name in names)
+        assert leaf.dtype == jnp.float32
+        assert set(names) <= set(AXIS_RULES)
+
+
+@every_config
+def test_parameters_are_born_where_they_live(config):
+    config = dataclasses.replace(config, vocab_size=64)
+    decoder, mesh = tiny.decoder(config), make_mesh(fsdp=4, tensor=2)
+    abstract = abstract_params(decoder, mesh)
+    sharded, whole = init_params(decoder, jax.random.key(3), mesh), init_params(decoder, jax.random.key(3))
+    assert type(sharded) is dict
+    for leaf, born, alone in zip(*map(jax.tree.leaves, (abstract, sharded, whole)), strict=True):
+        assert born.sharding == leaf.sharding
+        assert (born.shape, born.dtype) == (leaf.shape, leaf.dtype)
+        np.testing.assert_allclose(born, alone, rtol=0, atol=1e-6)
+    assert sharded["tokens"].addressable_shards[0].data.shape == (64 // 2, 16 // 4)
+    assert sharded["blocks"]["mlp"]["up"]["kernel"].addressable_shards[0].data.shape[2] == config.mlp_dim // 2
+
+
+def test_mesh_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="vocab=61 is not divisible by the 'tensor' axis of 2 devices"):
+        abstract_params(tiny.decoder(), make_mesh(fsdp=4, tensor=2))
+
+
+def test_sharded_forward_and_gradient_equal_one_device():
+    decoder, mesh = tiny.decoder(dataclasses.replace(tiny.LLAMA, vocab_size=64)), make_mesh(fsdp=2, tensor=2)
+    params = init_params(decoder, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 12))
+
+    def loss(params):
+        return jnp.square(decoder.logits(params, tokens)).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(decoder, mesh))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, shardings)
+        sharded_value, sharded_gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))(sharded)
+    np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(sharded_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@every_config
+def test_compute_dtypes(config):
+    params = init_params(tiny.decoder(config), jax.random.key(0))
+    batch, _ = pack(TREES, 24)
+    exact = HIDDEN(tiny.decoder(config), params, batch)
+    rounded = HIDDEN(tiny.decoder(config, "bfloat16"), params, batch)
+    assert (exact.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
+    difference = np.abs(np.asarray(rounded, np.float32) - exact)[batch.group > 0]
+    assert 1e-6 < difference.mean() < 3e-2 * np.abs(exact[batch.group > 0]).mean()
+    tokens = np.arange(8)[None]
+    assert tiny.decoder(config, "bfloat16").logits(params, tokens).dtype == jnp.float32
+    assert tiny.decoder(config, "bfloat16").head(params).dtype == jnp.bfloat16
+
+
+@every_config
+def test_logits_are_the_head_of_the_states(config):
+    decoder = tiny.decoder(config)
+    params = init_params(decoder, jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(0, 61, 9)
+    expected = HIDDEN(decoder, params, plain(tokens)) @ decoder.head(params).T
+    np.testing.assert_allclose(decoder.logits(params, tokens[None]), expected, rtol=1e-5, atol=1e-5)
+    head = params["tokens"] if config.tie_embeddings else params["head"]
+    np.testing.assert_array_equal(decoder.head(params), head)
+
+
+def test_gradients_are_those_of_finite_differences():
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(CONFIGS["window"], "float64")
+        params = tiny.as_dtype(init_params(decoder, jax.random.key(1)), "float64")
+        batch, _ = pack(TREES, 24)
+        weight = (batch.group > 0)[..., None]
+
+        def loss(params):
+            return (jnp.sin(decoder.hidden(params, batch)) * weight).sum()
+
+        direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
+        slope = sum(map(jnp.vdot, jax.tree.leaves(jax.grad(loss)(params)), jax.tree.leaves(direction)))
+        moved = [loss(jax.tree.map(lambda p, d, e=e: p + e * d, params, direction)) for e in (1e-6, -1e-6)]
+        np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2e-6, rtol=1e-6)
+
+
+def test_decoders_are_values():
+    assert tiny.decoder() == tiny.decoder()
+    assert hash(tiny.decoder()) == hash(tiny.decoder())
+    assert tiny.decoder() != tiny.decoder(tiny.GPT2)
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="compute_dtype is 'float16'; allowed: float32, bfloat16, float64"):
+        make_decoder(tiny.LLAMA, compute_dtype="float16")
+    with pytest.raises(InputError, match="set jax_enable_x64"):
+        make_decoder(tiny.LLAMA, compute_dtype="float64")
+    decoder = tiny.decoder()
+    with pytest.raises(InputError, match="length 65; allowed: up to the model's 64 positions"):
+        decoder.logits(init_params(decoder, jax.random.key(0)), np.zeros((1, 65), np.int32))

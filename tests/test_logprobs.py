@@ -1,0 +1,131 @@
+"""The preference tree is exact: packed, prefix-shared log-probs equal those of separate passes over each path."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdpo.data.pipeline import all_batches
+from jaxdpo.logprobs import SLOT_CHUNK, sequence_logps, token_logps
+from jaxdpo.models import Decoder, init_params
+from tests import tiny
+
+WINDOWED = dataclasses.replace(tiny.LLAMA, sliding_window=5, tie_embeddings=False)
+LOGITS = jax.jit(Decoder.logits, static_argnums=0)
+SEQUENCES = jax.jit(lambda d, p, b: sequence_logps(token_logps(d, p, b), b), static_argnums=0)
+LONGEST = 12
+MODELS = {"llama": tiny.LLAMA, "gpt2": tiny.GPT2, "window": WINDOWED}
+
+
+def unpacked(decoder, params, data):
+    """`[groups, candidates]` log-probs of ordinary forward passes: a row for each path, nothing packed or shared."""
+    length = 2 * LONGEST
+    paths = [(g, k, group, c) for g, group in enumerate(data.groups) for k, c in enumerate(group.completions)]
+    tokens = np.zeros((len(paths), length), np.int32)  # zeros behind a path: no earlier token sees them
+    scored = np.zeros((len(paths), length), bool)
+    for row, (_, _, group, completion) in enumerate(paths):
+        start, stop = len(group.prompt), len(group.prompt) + len(completion)
+        tokens[row, :stop] = np.concatenate([group.prompt, completion])
+        scored[row, start:stop] = True
+    logps = jax.nn.log_softmax(LOGITS(decoder, params, tokens)[:, :-1], axis=-1)
+    logps = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
+    sums = jnp.where(scored[:, 1:], logps, 0.0).sum(axis=-1)
+    where = tuple(np.array([(g, k) for g, k, _, _ in paths]).T)
+    return jnp.zeros((len(data), data.candidates), sums.dtype).at[where].set(sums)
+
+
+def packed(decoder, params, data, layout):
+    """The same from packed trees, through the path that every loss takes."""
+    values = jnp.zeros((len(data), data.candidates), jax.tree.leaves(params)[0].dtype)
+    for batch in all_batches(data, layout):
+        logps = SEQUENCES(decoder, params, batch)
+        at = np.nonzero(batch.group_mask)
+        values = values.at[batch.example_id[at]].set(logps[at])
+    return values
+
+
+def weights(data):
+    """Fixed random weights, so that a gradient mixes all candidates."""
+    return np.random.default_rng(5).normal(size=(len(data), data.candidates))
+
+
+def relative(tree, other):
+    flat, expected = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (tree, other))
+    return float(jnp.linalg.norm(flat - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seed", range(3))
+def test_tree_equals_separate_passes_float64(name, seed):
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(MODELS[name], "float64")
+        params = tiny.as_dtype(init_params(decoder, jax.random.key(seed)), "float64")
+        data = tiny.dataset(groups=7, candidates=(1, 5), longest=LONGEST, seed=seed)
+        layout = tiny.layout(data)
+        assert layout.capacity.groups > 1
+        expected, got = unpacked(decoder, params, data), packed(decoder, params, data, layout)
+        np.testing.assert_allclose(got, expected, rtol=1e-10)
+        w = weights(data)
+        grads = jax.jit(jax.grad(lambda p: (w * packed(decoder, p, data, layout)).sum()))(params)
+        assert relative(grads, jax.jit(jax.grad(lambda p: (w * unpacked(decoder, p, data)).sum()))(params)) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tree_equals_separate_passes_float32(name):
+    decoder = tiny.decoder(MODELS[name])
+    params = init_params(decoder, jax.random.key(1))
+    data = tiny.dataset(groups=7, candidates=(1, 5), longest=LONGEST, seed=1)
+    layout = tiny.layout(data)
+    expected, got = unpacked(decoder, params, data), packed(decoder, params, data, layout)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
+    w = weights(data).astype(np.float32)
+    grads = jax.jit(jax.grad(lambda p: (w * packed(decoder, p, data, layout)).sum()))(params)
+    assert relative(grads, jax.jit(jax.grad(lambda p: (w * unpacked(decoder, p, data)).sum()))(params)) < 5e-6
+
+
+@pytest.mark.parametrize("row_length", [64, 128, 192])
+def test_row_length_does_not_matter(row_length):
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(compute_dtype="float64")
+        params = tiny.as_dtype(init_params(decoder, jax.random.key(0)), "float64")
+        data = tiny.dataset(groups=9, candidates=(2, 4), seed=2)
+        expected = packed(decoder, params, data, tiny.layout(data))
+        got = packed(decoder, params, data, tiny.layout(data, row_length=row_length, tokens=row_length * 2))
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_slots_pass_the_head_in_chunks():
+    """More slots than one chunk, not a multiple of it: the same numbers, and no logits of the whole row."""
+    data = tiny.dataset(groups=40, longest=12, seed=3)
+    layout = tiny.layout(data, row_length=512, tokens=512)
+    assert layout.capacity.slots > SLOT_CHUNK
+    decoder = tiny.decoder()
+    params = init_params(decoder, jax.random.key(0))
+    np.testing.assert_allclose(
+        packed(decoder, params, data, layout), packed(decoder, params, data, tiny.layout(data)), rtol=1e-5
+    )
+    batch = next(all_batches(data, layout))
+    text = jax.jit(token_logps, static_argnums=0).lower(decoder, params, batch).as_text()
+    whole = f"{layout.rows}x{layout.capacity.slots}x{decoder.config.vocab_size}xf32"
+    assert whole not in text and f"x{decoder.config.vocab_size}xf32" in text
+
+
+def test_empty_slots_and_absent_candidates_are_zero():
+    data = tiny.dataset(groups=3, candidates=(1, 3), seed=4)
+    decoder = tiny.decoder()
+    batch = next(all_batches(data, tiny.layout(data)))
+    logps = token_logps(decoder, init_params(decoder, jax.random.key(0)), batch)
+    empty = batch.candidate_mask.shape[1] * batch.candidate_mask.shape[2]
+    assert (np.asarray(logps)[batch.slot_owner == empty] == 0).all()
+    assert (np.asarray(logps)[batch.slot_owner < empty] < 0).all()
+    assert (np.asarray(sequence_logps(logps, batch))[~batch.candidate_mask] == 0).all()
+
+
+def test_bfloat16_log_probs_are_summed_in_float32():
+    data = tiny.dataset(groups=3, seed=4)
+    decoder = tiny.decoder(compute_dtype="bfloat16")
+    batch = next(all_batches(data, tiny.layout(data)))
+    logps = token_logps(decoder, init_params(decoder, jax.random.key(0)), batch)
+    assert logps.dtype == sequence_logps(logps, batch).dtype == jnp.float32
