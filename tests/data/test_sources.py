@@ -69,7 +69,7 @@ def test_plain_text_may_be_called_gz(write):
         (LINE + b'\n{"prompt": "\xe9"}', r"data\.jsonl, line 2: byte 0xe9 at offset 12 is not UTF-8"),
         (LINE.decode().encode("utf-16"), r"data\.jsonl, line 1: byte 0xff at offset 0 is not UTF-8"),
         (gzip.compress(LINE)[:-12], r"data\.jsonl, behind line 0: the gzip stream is broken"),
-        (gzip.compress(LINE)[:-8] + b"\0" * 8, r"data\.jsonl, behind row [01]: the gzip stream is broken"),
+        (gzip.compress(LINE)[:-8] + b"\0" * 8, r"data\.jsonl, behind line [01]: the gzip stream is broken"),
         (gzip.compress(LINE)[:10] + b"\xff" * 20, r"data\.jsonl, behind line 0: the gzip stream is broken"),
     ],
     ids=str,
