@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         )
         tyro.cli(typing.Union[verbs], prog="jaxdpo", description=__doc__.split("\n")[0], args=argv)  # type: ignore # noqa: UP007
         raise AssertionError("tyro.cli exits when it is given no verb")
-    parsed = tyro.cli(
+    parsed: Any = tyro.cli(
         _flags(verb, VERBS[verb][0], from_file),
         prog=f"jaxdpo {verb}",
         description=VERBS[verb][0].__doc__,
@@ -127,7 +127,7 @@ def _flags(verb: str, config: type, defaults: Mapping[str, Any]) -> type:
         arg = tyro.conf.arg(
             help=field.metadata["help"], metavar=_metavar(hints[field.name]), help_behavior_hint="" if unset else None
         )
-        hint = Annotated[hints[field.name], arg]
+        hint = Annotated[hints[field.name], arg]  # type: ignore[valid-type,name-defined]
         default = defaults.get(field.name, field.default)
         entry = (field.name, hint) if default is dataclasses.MISSING else (field.name, hint, default)
         groups.setdefault(field.metadata["group"], []).append(entry)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 POLICY, OTHER, HELD_OUT = "#1f5fa8", "#c2542d", "#2b8a3e"
 """Colours: the quantity or its preferred side, the other side, held-out points."""
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -43,7 +44,7 @@ def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
         ("logps (nats)", (("logps/chosen", POLICY, "chosen"), ("logps/rejected", OTHER, "rejected"))),
         ("learning rate", (("learning_rate", POLICY, "learning rate"),)),
     )
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11, 6), layout="constrained")
         figure.suptitle(title)
         for axes, (name, series) in zip(figure.subplots(2, 3).flat, panels, strict=True):

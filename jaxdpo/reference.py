@@ -59,14 +59,15 @@ def dataset_logps(
     """
     examples = sum(int(batch.group_mask.sum()) for batch in batches)
     tokens: dict[int, np.ndarray] = {}
-    sequences = np.zeros((examples, batches[0].candidate_mask.shape[-1]), np.float64)
-    mask = np.zeros(sequences.shape, bool)
+    candidates = batches[0].candidate_mask.shape[-1]
+    sequences = np.zeros((examples, candidates), np.float64)
+    mask = np.zeros((examples, candidates), bool)
     with tqdm.tqdm(total=examples, desc=label, unit="pair", leave=False, disable=None) as bar:
         for batch in batches:
             per_token, per_sequence = jax.device_get(program(params, place_batch(batch, mesh)))
             for row, group in np.argwhere(batch.group_mask):
                 example = int(batch.example_id[row, group])
-                owned = batch.slot_owner[row] // mask.shape[1] == group
+                owned = batch.slot_owner[row] // candidates == group
                 if example in tokens:
                     raise ValueError(f"example {example} stands in two places of the dataset's batches; allowed: one")
                 tokens[example] = per_token[row, owned]

@@ -111,7 +111,7 @@ def tree_digests(tree: Any) -> dict[str, int]:
 
 def _crc32(array: Any) -> int:
     host = np.ascontiguousarray(jax.device_get(array))
-    return zlib.crc32(host.reshape(-1).view(np.uint8))
+    return zlib.crc32(host.reshape(-1).view(np.uint8).data)
 
 
 def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,13 +172,14 @@ def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared
     )
     epochs = config.epochs or (1 if config.max_steps is None else None)
     total = config.max_steps or order.num_steps_per_epoch * (epochs or 1)
+    save_every = config.save_every or math.ceil(total / SAVES)
     config = dataclasses.replace(
         config,
         dtype=dtype,
         epochs=epochs,
         row_length=layout.capacity.length,
         microbatch_tokens=microbatch_tokens,
-        save_every=config.save_every or math.ceil(total / SAVES),
+        save_every=save_every,
     )
     print_forecast(config, decoder, params, [item.dataset for item in data], layout, order, total)
     keep_model_files(run, model, tokenizer)
@@ -189,7 +190,7 @@ def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared
         "initial_params": tree_digests(params),
     }
     learning_rate = warmup_schedule(config.learning_rate, config.warmup_steps)
-    schedule = Schedule(total, config.save_every, config.eval_every, learning_rate)
+    schedule = Schedule(total, save_every, config.eval_every, learning_rate)
     return Prepared(config, data, decoder, params, layout, order, schedule, meta)
 
 

