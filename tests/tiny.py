@@ -1,4 +1,8 @@
-"""Small models and random preference trees that the tests share; nothing here comes from a file or the network."""
+"""Small models, random preference trees and small runs that the tests share; nothing comes from the network."""
+
+import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -6,7 +10,8 @@ import numpy as np
 from jaxdpo.data.layout import choose_capacity
 from jaxdpo.data.packing import Layout
 from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup
-from jaxdpo.models import Decoder, TransformerConfig, make_decoder
+from jaxdpo.hf import save_hf
+from jaxdpo.models import Decoder, TransformerConfig, init_params, make_decoder
 
 LLAMA = TransformerConfig(
     model_type="llama",
@@ -40,6 +45,8 @@ GPT2 = TransformerConfig(
     init_std=0.3,
     tie_embeddings=True,
 )
+WITH_TOKENIZER = dataclasses.replace(LLAMA, vocab_size=264, num_layers=1, bos_token_id=0, eos_token_id=1)
+"""For the byte-level tokenizer of `write_model`, whose largest id is 258."""
 
 
 def decoder(config: TransformerConfig = LLAMA, compute_dtype: str = "float32") -> Decoder:
@@ -57,9 +64,14 @@ def dataset(*, groups: int, candidates: tuple[int, int] = (2, 2), longest: int =
             sizes[1:] = 1  # one-token completions: their only predictor is the prompt's last token
         prompt, *completions = (rng.integers(0, LLAMA.vocab_size, size).astype(np.int32) for size in sizes)
         made.append(TokenizedGroup(prompt, tuple(completions), False, (False,) * count, "random", row))
-    tokens = np.array([group.tokens for group in made], np.int32)
-    slots = np.array([group.slots for group in made], np.int32)
-    return TokenizedDataset(made, tokens, slots, ())
+    return of_groups(made)
+
+
+def of_groups(groups: list[TokenizedGroup]) -> TokenizedDataset:
+    """A dataset of these groups in this order."""
+    tokens = np.array([group.tokens for group in groups], np.int32)
+    slots = np.array([group.slots for group in groups], np.int32)
+    return TokenizedDataset(groups, tokens, slots, ())
 
 
 def layout(
@@ -76,3 +88,20 @@ def layout(
 
 def as_dtype(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def write_model(directory: Path, config: TransformerConfig = WITH_TOKENIZER, *, seed: int = 0) -> Path:
+    """A Hugging Face directory with random weights and a byte-level tokenizer."""
+    from tests.data.toy_tokenizers import toy_tokenizer  # 1 s to import, and few tests need it
+
+    model = make_decoder(config)
+    return save_hf(directory, model, init_params(model, jax.random.key(seed)), tokenizer=toy_tokenizer())
+
+
+def write_pairs(path: Path, numbers: range) -> Path:
+    """A `pairs` file of one short pair for each number, of different lengths, that even a tiny model can learn."""
+    records = (
+        {"prompt": f"Is {n} fine?", "chosen": " yes" * (1 + n % 3), "rejected": " no" * (1 + n % 4)} for n in numbers
+    )
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

@@ -63,7 +63,7 @@ class Checkpoints:
             self._pending = None
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, on the shardings of `like`.
+        """The latest state, on the shardings of `like`: a state, or `jax.ShapeDtypeStruct`s in its place.
 
         Raises:
           InputError: if an array on disk is not the one that was saved.
@@ -109,15 +109,16 @@ def tree_digests(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
 
 
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
 def _crc32(array: Any) -> int:
     host = np.ascontiguousarray(jax.device_get(array))
     return zlib.crc32(host.reshape(-1).view(np.uint8).data)
 
 
 def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    def abstract(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
     for name, tree in like.items():
         keys = {jax.tree_util.keystr(key) for key, _ in jax.tree_util.tree_leaves_with_path(tree)}
         stored = set(meta["digests"][name])
@@ -126,7 +127,7 @@ def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str
                 f"{path}: {name} holds other arrays than this model and optimizer: "
                 f"{sorted(stored ^ keys)[:4]}; fix: resume with the options the run was started with"
             )
-    trees = ocp.load_checkpointables(path.absolute(), jax.tree.map(abstract, like))
+    trees = ocp.load_checkpointables(path.absolute(), jax.tree.map(_abstract, like))
     for name, tree in trees.items():
         if name not in like:
             continue

@@ -225,4 +225,6 @@ def _resumed(state: TrainState, checkpoints: Checkpoints, total: int) -> TrainSt
             "or --epochs, or export an earlier checkpoint with `jaxdpo export`"
         )
     print(f"resume     step {saved['step']} of {total}, from {path}")
-    return checkpoints.restore(state)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)  # else two states would be in memory
+    return checkpoints.restore(like)

@@ -1,13 +1,13 @@
 """Implicit rewards on held-out pairs, before, during and after training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxdpo.losses import LossSpec
 from jaxdpo.reference import DatasetLogps
-from jaxdpo.train.step import METRICS, group_metrics
+from jaxdpo.train.step import METRICS, group_metrics, shortest
 
 
 class Evaluation(NamedTuple):
@@ -27,5 +27,5 @@ class Evaluation(NamedTuple):
 def evaluate(loss: LossSpec, policy: DatasetLogps, reference: DatasetLogps, scalars: Mapping[str, Any]) -> Evaluation:
     """Loss and preference metrics of a policy over a whole dataset; ties count one half in the accuracy."""
     values = group_metrics(loss, policy.sequences, reference.sequences, policy.mask, scalars)
-    means: Sequence[tuple[str, float]] = [(f"eval_{name}", float(np.mean(values[name]))) for name in METRICS]
-    return Evaluation(dict(means), np.asarray(values["rewards/margins"]))
+    means = {f"eval_{name}": shortest(np.mean(values[name])) for name in METRICS}
+    return Evaluation(means, np.asarray(values["rewards/margins"]))

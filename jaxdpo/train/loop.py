@@ -13,7 +13,7 @@ from jaxdpo.reference import DatasetLogps, slot_logps
 from jaxdpo.sharding import place_batch
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.state import TrainState
-from jaxdpo.train.step import Microbatch, StepPrograms, run_step
+from jaxdpo.train.step import METRICS, Microbatch, StepPrograms, run_step, shortest
 from jaxdpo.train.writer import MetricsWriter
 from jaxdpo.types import Batch
 
@@ -81,8 +81,8 @@ def train(
             check_first_loss(metrics["loss"], objective)
         row = {
             "step": step + 1,
-            **metrics,
-            "learning_rate": float(schedule.learning_rate(step)),
+            **{name: metrics[name] for name in (*METRICS, "grad_norm")},
+            "learning_rate": shortest(schedule.learning_rate(step)),
             "tokens": sum(int((batch.group > 0).sum()) for batch in batches),
             "pairs_per_second": groups / seconds,
         }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdpo.logprobs import sequence_logps, token_logps
@@ -139,4 +140,9 @@ def run_step(
             accumulator, losses = programs.accumulate(state.params, accumulator, microbatch, count, scalars)
             per_group.append(losses)
         state, metrics = programs.apply(state, accumulator)
-    return state, {name: float(value) for name, value in jax.device_get(metrics).items()}, jax.device_get(per_group)
+    return state, {name: shortest(value) for name, value in metrics.items()}, jax.device_get(per_group)
+
+
+def shortest(value: Array) -> float:
+    """A scalar as the shortest decimal that stands for it in its own precision: 5e-06, not 4.999999873689376e-06."""
+    return float(str(np.asarray(value)[()]))

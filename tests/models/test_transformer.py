@@ -220,4 +220,4 @@ def test_refusals():
         make_decoder(tiny.LLAMA, compute_dtype="float64")
     decoder = tiny.decoder()
     with pytest.raises(InputError, match="length 65; allowed: up to the model's 64 positions"):
-        decoder.logits(init_params(decoder, jax.random.key(0)), np.zeros((1, 65), np.int32))
+        decoder.logits(params_of(tiny.LLAMA), np.zeros((1, 65), np.int32))

@@ -1,0 +1,215 @@
+"""The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
+
+4 cli -> 3 train -> 2 hub, hf, gguf, logprobs, reference, data, plots -> 1 models, families, sharding
+-> 0 types, config, losses
+"""
+
+import ast
+import importlib
+import itertools
+import re
+import subprocess
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+import pytest
+
+import jaxdpo
+from jaxdpo import config
+from jaxdpo.data.formats import FORMATS
+from jaxdpo.losses import LOSSES
+from jaxdpo.models import COMPUTE_DTYPES
+from jaxdpo.train.optimizer import OPTIMIZERS
+
+FLOORS = {
+    "types": 0,
+    "config": 0,
+    "losses": 0,
+    "models": 1,
+    "families": 1,
+    "sharding": 1,
+    "hub": 2,
+    "hf": 2,
+    "gguf": 2,
+    "logprobs": 2,
+    "reference": 2,
+    "data": 2,
+    "plots": 2,
+    "train": 3,
+    "cli": 4,
+}
+"""Every module and package of jaxdpo. A module imports from its own floor and those below it."""
+
+LIBRARIES = {
+    "jax": {"losses", "models", "families", "sharding", "hf", "logprobs", "reference", "train"},
+    "chex": {"losses"},
+    "flax": {"models"},
+    "safetensors": {"hf"},
+    "gguf": {"gguf"},
+    "transformers": {"hf", "gguf"},
+    "tokenizers": {"gguf"},
+    "huggingface_hub": {"hub"},
+    "grain": {"data"},
+    "optax": {"train"},
+    "orbax": {"train"},
+    "ruamel": {"train"},
+    "tqdm": {"reference", "train"},
+    "matplotlib": {"plots"},
+    "tyro": {"cli"},
+    "numpy": {"types", "families", "sharding", "hf", "gguf", "reference", "data", "train"},
+}
+"""Third-party package -> the modules of jaxdpo that import it. torch is in no line."""
+
+MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS, MAX_BRANCHES = 260, 90, 9, 4
+
+ROOT = Path(jaxdpo.__file__).parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+every_file = pytest.mark.parametrize("file", FILES)
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def module_of(file: str) -> str:
+    """Top-level module or package under jaxdpo that a file belongs to; "" for `jaxdpo/__init__.py`."""
+    return "" if file == "__init__.py" else file.split("/")[0].removesuffix(".py")
+
+
+def imports_of(file: str) -> set[str]:
+    """Dotted names of everything a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}, line {node.lineno}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def inner(names: set[str]) -> set[str]:
+    """Top-level modules of jaxdpo among imported names."""
+    return {name.split(".")[1] for name in names if name.startswith("jaxdpo.")}
+
+
+def libraries(names: set[str]) -> set[str]:
+    """Third-party packages among imported names."""
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"jaxdpo"}
+
+
+def test_every_module_has_a_floor():
+    assert {module_of(file) for file in FILES} - {""} == set(FLOORS)
+
+
+@every_file
+def test_imports_go_down_only(file):
+    floor = FLOORS.get(module_of(file), min(FLOORS.values()))
+    above = {name: FLOORS[name] for name in inner(imports_of(file)) if FLOORS[name] > floor}
+    assert not above, f"{file} is on floor {floor} and imports from above: {above}"
+
+
+@pytest.mark.parametrize("low", ["losses"])
+def test_losses_import_types_alone(low):
+    names = set().union(*(imports_of(file) for file in FILES if module_of(file) == low))
+    assert inner(names) == {low, "types"}
+    assert libraries(names) == {"jax", "chex"}
+
+
+def test_each_library_is_imported_only_where_it_belongs():
+    users: dict[str, set[str]] = {}
+    for file in FILES:
+        for library in libraries(imports_of(file)):
+            users.setdefault(library, set()).add(module_of(file))
+    assert users == LIBRARIES
+
+
+def test_every_library_is_a_declared_dependency():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in project["dependencies"]}
+    installed_as = {"orbax": "orbax_checkpoint", "ruamel": "ruamel"}  # import name -> name on PyPI, where they differ
+    assert {installed_as.get(library, library) for library in LIBRARIES} <= declared
+
+
+def test_the_package_itself_imports_nothing_early():
+    assert imports_of("__init__.py") == {"importlib", "typing.Any"}
+
+
+@pytest.mark.parametrize(
+    "names, table",
+    [
+        (config.Loss, LOSSES),
+        (config.Format, ["auto", *FORMATS]),
+        (config.Optimizer, OPTIMIZERS),
+    ],
+)
+def test_names_on_the_command_line_are_those_of_the_tables(names, table):
+    assert list(typing.get_args(names)) == list(table)
+
+
+def test_dtypes_on_the_command_line_are_computable():
+    assert set(typing.get_args(config.DType)) < set(COMPUTE_DTYPES)
+
+
+def run_python(source: str) -> str:
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_losses_load_no_training_library():
+    loaded = run_python("import sys, jaxdpo.losses; print(*sys.modules)").split()
+    assert "jax" in loaded and "chex" in loaded
+    assert not {"flax", "optax", "orbax", "grain", "transformers", "safetensors", "tyro", "matplotlib"} & set(loaded)
+    assert {name for name in loaded if name.startswith("jaxdpo.")} - {"jaxdpo.types"} == {
+        name for name in loaded if name.startswith("jaxdpo.losses")
+    }
+
+
+@every_file
+def test_every_module_imports(file):
+    name = ".".join(["jaxdpo", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+    assert importlib.import_module(name).__doc__, f"{file} has no docstring"
+
+
+@every_file
+def test_files_stay_readable(file):
+    lines = (ROOT / file).read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{file} has {lines} lines; split it"
+
+
+@every_file
+def test_functions_stay_small(file):
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            where = f"{file}, {node.name}"
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, f"{where} is too long; split it"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len(arguments) <= MAX_ARGUMENTS, f"{where} takes {len(arguments)} arguments; group them"
+
+
+def branches(node: ast.If) -> int:
+    """Conditions of an if-elif ladder."""
+    count = 1
+    while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
+        node, count = node.orelse[0], count + 1
+    return count
+
+
+@every_file
+def test_no_ladders(file):
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.If):
+            assert branches(node) <= MAX_BRANCHES, f"{file}, line {node.lineno}: use a table"
+
+
+def test_the_checks_see_what_they_are_meant_to_see():
+    """A ladder, a nested import and a from-import are found: the tests above can fail."""
+    ladder = ast.parse("if a: 1\nelif b: 2\nelif c: 3\nelif d: 4\nelif e: 5\nelse: 6").body[0]
+    assert branches(ladder) == 5
+    assert inner({"jaxdpo.train.step.METRICS", "jax.numpy"}) == {"train"}
+    assert libraries({"jax.numpy", "os.path", "jaxdpo.types"}) == {"jax"}
+    nested = itertools.chain.from_iterable(imports_of(file) for file in FILES if file == "cli.py")
+    assert "jaxdpo.train.dpo.run_dpo" in set(nested)
