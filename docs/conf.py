@@ -1,6 +1,7 @@
 """How the site is built: `sphinx-build -W --keep-going -b html docs docs/_build/html`. Warnings are errors in CI."""
 
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,10 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the Args of every docstring say shape, dtype and unit, which annotations cannot
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True  # an Attributes section describes fields; they are no objects of their own
+
+COLON = "\ue000"  # a character of the private use area, which no docstring holds
 
 
 class OptionTable(SphinxDirective):
@@ -45,6 +49,27 @@ class OptionTable(SphinxDirective):
         return self.parse_text_to_nodes(from_code.option_table(self.arguments[0]))
 
 
+def hide_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keeps napoleon from taking what stands before a colon in a Returns section, or in a field's text, for a type."""
+    section = "Returns:" if what in ("attribute", "data", "property") else ""
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"[A-Z][a-z]+:", line):
+            section = line
+        elif section == "Returns:":
+            lines[i] = line.replace(":", COLON)
+
+
+def finish(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Puts the colons back, and lets docstrings say `Batch`es: in reStructuredText no letter may follow inline code.
+
+    What Python itself says of a NamedTuple's field without a text of its own tells a reader nothing, and goes.
+    """
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(r"(`[^`]+`)(?=(\w?))", lambda m: m[1] + ("\\ " if m[2] else ""), line).replace(COLON, ":")
+
+
 def check_api_is_complete(app: Sphinx) -> None:
     """Fails the build where a public name is missing from `api.md` or has no docstring."""
     page = (Path(app.srcdir) / "api.md").read_text(encoding="utf-8")
@@ -53,6 +78,8 @@ def check_api_is_complete(app: Sphinx) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Registers the directive and the check."""
+    """Registers the directive and the hooks."""
     app.add_directive("option-table", OptionTable)
     app.connect("builder-inited", check_api_is_complete)
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", finish, priority=600)

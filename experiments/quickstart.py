@@ -84,7 +84,8 @@ def main() -> None:
         values = preference_metrics(policy.sequences, held_out_reference.sequences, beta=BETA)
         margins = np.asarray(values["rewards/margins"])
         error = margins.std(ddof=1) / len(margins) ** 0.5
-        print(f"held-out accuracy {np.mean(values['rewards/accuracies']):.3f}, margin {margins.mean():.3f} ± {error:.3f}")
+        accuracy = np.mean(values["rewards/accuracies"])
+        print(f"held-out accuracy {accuracy:.3f}, margin {margins.mean():.3f} ± {error:.3f}")
         save_hf("quickstart-export", decoder, state.params, tokenizer=tokenizer, overwrite=True)
 
 

@@ -5,6 +5,7 @@ command line starts without jax.
 """
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -40,6 +41,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("jaxdpo")
     if name not in _HOME:
         raise AttributeError(f"module 'jaxdpo' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

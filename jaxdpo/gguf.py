@@ -110,6 +110,8 @@ class GGUFFile:
         scaling = self._get("llama.rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise InputError(f"{self.where}: rope scaling {scaling!r} in GGUF; allowed: none, linear")
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise InputError(f"{self.where}: missing tensor 'token_embd.weight'; download the file again")
         ids = {name: self._get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()}
         return {
             "model_type": "llama",

@@ -5,7 +5,7 @@ for a reference forward. Log-probs are kept per token in float32, from the same 
 as the policy's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -19,12 +19,12 @@ from jaxdpo.types import Batch
 
 
 class DatasetLogps(NamedTuple):
-    """Log-probs of every group of a dataset under one set of parameters."""
+    """Log-probs of groups of a dataset under one set of parameters, by `Batch.example_id`."""
 
-    tokens: list[np.ndarray]
-    """Per example, at least float32 `[scored tokens]`: its candidates' tokens one after another, nats."""
+    tokens: dict[int, np.ndarray]
+    """Of each example, at least float32 `[scored tokens]`: its candidates' tokens one after another, nats."""
     sequences: np.ndarray
-    """`[examples, candidates]` sums, nats."""
+    """`[examples, candidates]` sums, nats, in the order of the example ids."""
     mask: np.ndarray
     """bool `[examples, candidates]` which candidates exist."""
 
@@ -44,56 +44,61 @@ def make_logp_program(decoder: Decoder) -> LogpProgram:
 
 
 def dataset_logps(
-    program: LogpProgram, params: dict, batches: Sequence[Batch], mesh: jax.sharding.Mesh, *, label: str
+    program: LogpProgram,
+    params: dict,
+    batches: Iterable[Batch],
+    mesh: jax.sharding.Mesh,
+    *,
+    label: str,
+    total: int | None = None,
 ) -> DatasetLogps:
-    """Runs the program over batches that hold every example of a dataset once.
+    """Runs the program over batches of a dataset, a group of which stands in one of them at most.
 
     Args:
       program: from `make_logp_program`.
       params: of the policy or the reference.
-      batches: host batches whose `example_id`s are 0 to the number of examples - 1, each once.
+      batches: host batches.
       mesh: where to run.
       label: what the progress bar says.
+      total: number of groups in all, for the progress bar.
     Raises:
-      ValueError: if an example is missing or stands in two places.
+      ValueError: if a group stands in two places.
     """
-    examples = sum(int(batch.group_mask.sum()) for batch in batches)
     tokens: dict[int, np.ndarray] = {}
-    candidates = batches[0].candidate_mask.shape[-1]
-    sequences = np.zeros((examples, candidates), np.float64)
-    mask = np.zeros((examples, candidates), bool)
-    with tqdm.tqdm(total=examples, desc=label, unit="pair", leave=False, disable=None) as bar:
+    sequences: dict[int, np.ndarray] = {}
+    mask: dict[int, np.ndarray] = {}
+    with tqdm.tqdm(total=total, desc=label, unit="pair", leave=False, disable=None) as bar:
         for batch in batches:
+            candidates = batch.candidate_mask.shape[-1]
             per_token, per_sequence = jax.device_get(program(params, place_batch(batch, mesh)))
             for row, group in np.argwhere(batch.group_mask):
                 example = int(batch.example_id[row, group])
-                owned = batch.slot_owner[row] // candidates == group
                 if example in tokens:
-                    raise ValueError(f"example {example} stands in two places of the dataset's batches; allowed: one")
-                tokens[example] = per_token[row, owned]
-                sequences[example] = per_sequence[row, group]
+                    raise ValueError(f"example {example} stands in two places of the batches; allowed: one")
+                tokens[example] = per_token[row, batch.slot_owner[row] // candidates == group]
+                sequences[example] = per_sequence[row, group].astype(np.float64)
                 mask[example] = batch.candidate_mask[row, group]
             bar.update(int(batch.group_mask.sum()))
-    if sorted(tokens) != list(range(examples)):
-        raise ValueError(f"the batches hold {len(tokens)} examples whose ids are not 0 to {examples - 1}")
-    return DatasetLogps([tokens[example] for example in range(examples)], sequences, mask)
+    ids = sorted(tokens)
+    return DatasetLogps(tokens, np.stack([sequences[i] for i in ids]), np.stack([mask[i] for i in ids]))
 
 
 def slot_logps(logps: DatasetLogps, batch: Batch) -> np.ndarray:
     """The stored log-probs of a batch's slots, `[rows, slots]` nats, 0 in empty slots.
 
     Raises:
-      ValueError: if the stored number of tokens differs from the batch's, e.g. other data or truncation.
+      ValueError: if an example is not stored, or with another number of tokens: other data or truncation.
     """
     candidates = batch.candidate_mask.shape[2]
-    out = np.zeros(batch.slot_owner.shape, np.result_type(*{x.dtype for x in logps.tokens}))
+    out = np.zeros(batch.slot_owner.shape, np.result_type(*{x.dtype for x in logps.tokens.values()}))
     for row, group in np.argwhere(batch.group_mask):
         slots = np.flatnonzero(batch.slot_owner[row] // candidates == group)
-        stored = logps.tokens[batch.example_id[row, group]]
+        example = int(batch.example_id[row, group])
+        stored = logps.tokens.get(example, np.zeros(0))
         if len(stored) != len(slots):
             raise ValueError(
-                f"example {batch.example_id[row, group]} has {len(stored)} stored log-probs and {len(slots)} tokens to "
-                "score; compute the reference again with this data, tokenizer and max_length"
+                f"example {example} has {len(stored)} stored log-probs and {len(slots)} tokens to score; "
+                "compute the reference of this dataset, with this tokenizer and max_length"
             )
         out[row, slots] = stored
     return out

@@ -45,7 +45,7 @@ def make_mesh(
       InputError: if `fsdp * tensor` does not divide the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    fsdp = len(devices) // tensor if fsdp is None else fsdp
+    fsdp = len(devices) // max(tensor, 1) if fsdp is None else fsdp
     if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
         raise InputError(
             f"fsdp={fsdp} x tensor={tensor} does not divide {len(devices)} devices; "

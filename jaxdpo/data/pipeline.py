@@ -104,8 +104,18 @@ def prefetched(
     yield from grain.MapDataset.range(start, stop).map(build).to_iter_dataset(ahead)
 
 
+def first_epoch(dataset: TokenizedDataset, plan: StepPlan, layout: Layout, steps: int) -> Iterator[Batch]:
+    """The microbatches of the first `steps` steps, up to the end of the first epoch: each group once, as it is trained.
+
+    For the reference pass: a group is packed there as in its first training step, so its log-probs are rounded alike,
+    and a run that stops early does not pay for groups it never sees.
+    """
+    for step in range(min(steps, plan.num_steps_per_epoch)):
+        yield from microbatches(dataset, plan.groups_of_step(step), layout)
+
+
 def all_batches(dataset: TokenizedDataset, layout: Layout) -> Iterator[Batch]:
-    """Every group once, in few batches of one shape: for evaluation and the reference pass."""
+    """Every group once, in few batches of one shape: for evaluation."""
     parts = math.ceil(len(dataset) / PACKED_TOGETHER)
     order = np.argsort(
         dataset.tokens, kind="stable"

@@ -1,9 +1,10 @@
 """One DPO run, from raw records to an exported Hugging Face directory. It reads top to bottom."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +15,14 @@ from jaxdpo import plots
 from jaxdpo.config import DPOConfig
 from jaxdpo.data.layout import choose_capacity
 from jaxdpo.data.packing import Layout
-from jaxdpo.data.pipeline import StepPlan, all_batches, prefetched
+from jaxdpo.data.pipeline import StepPlan, all_batches, first_epoch, prefetched
 from jaxdpo.data.sources import LoadedPreferences, load_preferences
 from jaxdpo.data.tokenize import TokenizedDataset, tokenize_dataset
 from jaxdpo.hf import load_hf, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LOSSES
 from jaxdpo.models import Decoder
-from jaxdpo.reference import dataset_logps, make_logp_program
+from jaxdpo.reference import DatasetLogps, LogpProgram, dataset_logps, make_logp_program
 from jaxdpo.sharding import batch_size_multiple, make_mesh
 from jaxdpo.train.checkpoint import Checkpoints, read_meta, tree_digests
 from jaxdpo.train.evaluation import Evaluation, evaluate
@@ -93,50 +94,56 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
     config, data, decoder, params, layout, order, schedule, meta = prepare(config, run, mesh)
     with jax.set_mesh(mesh):
         program = make_logp_program(decoder)
-        batches = [list(all_batches(item.dataset, layout)) for item in data]
-        references = [
-            dataset_logps(program, params, of_file, mesh, label=f"reference, {name}")
-            for of_file, name in zip(batches, ("train", "held out"), strict=False)
-        ]
+        seen = first_epoch(data[0].dataset, order, layout, schedule.total)
+        total = min(len(data[0].dataset), schedule.total * config.batch_size)
+        reference = dataset_logps(program, params, seen, mesh, label="reference", total=total)
         loss, scalars = LOSSES[config.loss], {"beta": config.beta, "label_smoothing": config.label_smoothing}
-        objective = Objective(loss, scalars, references[0], decoder.compute_dtype)
-        evaluations: list[Evaluation] = []
-
-        def held_out(params: dict) -> dict[str, float]:
-            policy = dataset_logps(program, params, batches[1], mesh, label="held out")
-            evaluations.append(evaluate(loss, policy, references[1], scalars))
-            return evaluations[-1].metrics
-
-        before = held_out(params) if config.eval_data else None
+        objective = Objective(loss, scalars, reference, decoder.compute_dtype)
+        held_out = _held_out(objective, program, params, data[1].dataset, layout, mesh) if len(data) > 1 else None
+        before = None if held_out is None else held_out(params)
         optimizer = make_optimizer(config)
         state = init_state(params, optimizer, mesh)
         del params  # the first step donates them
-        checkpoints = Checkpoints(run.checkpoints, meta)
-        if checkpoints.latest_step is not None:
-            state = _resumed(state, checkpoints, schedule.total)
-        start = int(state.step)
-        writer = MetricsWriter(run.metrics, resume_step=start)
-        if before is not None and start == 0:
-            writer.write({"step": 0, **before})
-        state = train(
-            state,
-            make_programs(decoder, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)),
-            prefetched(data[0].dataset, order, layout, start, schedule.total),
-            objective,
-            schedule,
-            evaluate=held_out if config.eval_data else None,
-            writer=writer,
-            checkpoints=checkpoints,
-        )
-        writer.close()
-        checkpoints.close()
-        if before is not None and start == schedule.total:  # nothing was left to train
-            held_out(state.params)
-        if start < schedule.total or not run.export.exists():
-            write_export(run.export, decoder, state.params, run, overwrite=True)
+        with contextlib.closing(Checkpoints(run.checkpoints, meta)) as checkpoints:
+            if checkpoints.latest_step is not None:
+                state = _resumed(state, checkpoints, schedule.total)
+            start = int(state.step)
+            with contextlib.closing(MetricsWriter(run.metrics, resume_step=start)) as writer:
+                if before is not None and start == 0:
+                    writer.write({"step": 0, **before.metrics})
+                state, after = train(
+                    state,
+                    make_programs(decoder, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)),
+                    prefetched(data[0].dataset, order, layout, start, schedule.total),
+                    objective,
+                    schedule,
+                    evaluate=held_out,
+                    writer=writer,
+                    checkpoints=checkpoints,
+                )
+        if held_out is not None and after is None:  # the run was complete already
+            after = held_out(state.params)
+        write_export(run.export, decoder, state.params, run, overwrite=True)
         plots.save_curves(read_metrics(run.metrics), run.curves, title=f"{config.model}, DPO on {config.data}")
-    first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
-    return RunResult(schedule.total, first, last, time.perf_counter() - began)
+    return RunResult(schedule.total, before, after, time.perf_counter() - began)
+
+
+def _held_out(
+    objective: Objective,
+    program: LogpProgram,
+    params: dict,
+    dataset: TokenizedDataset,
+    layout: Layout,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[dict], Evaluation]:
+    """Evaluates parameters on held-out pairs, whose reference log-probs it computes now, with `params`."""
+
+    def logps(params: dict) -> DatasetLogps:
+        batches = all_batches(dataset, layout)
+        return dataset_logps(program, params, batches, mesh, label="held out", total=len(dataset))
+
+    reference = logps(params)
+    return lambda params: evaluate(objective.loss, logps(params), reference, objective.scalars)
 
 
 def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared:

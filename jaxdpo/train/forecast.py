@@ -58,9 +58,9 @@ def print_forecast(
     per_step = sum(map(len, sampled)) / len(sampled)
     length, slots = layout.capacity.length, layout.capacity.slots
     flops = forward_flops(decoder.config, size, rows=layout.rows, length=length, slots=slots)
-    # Passes over all data: the reference's and, with held-out data, the policy's before and after training.
-    passes = sum(len(dataset) for dataset in datasets) + 2 * sum(len(dataset) for dataset in datasets[1:])
-    work = flops * per_step * (BACKWARD * total + passes / order.batch_size)
+    # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's before and after.
+    passes = min(total, order.num_steps_per_epoch) + 3 * sum(map(len, datasets[1:])) / order.batch_size
+    work = flops * per_step * (BACKWARD * total + passes)
     seconds = work / (UTILISATION * measured_peak(decoder.compute_dtype) * len(devices))
     moments = {"rmsprop": 1, "adamw": 2}[config.optimizer]
     accumulated = 2 if any(len(batches) > 1 for batches in sampled) else 1

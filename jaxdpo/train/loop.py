@@ -12,6 +12,7 @@ from jaxdpo.losses import LossSpec
 from jaxdpo.reference import DatasetLogps, slot_logps
 from jaxdpo.sharding import place_batch
 from jaxdpo.train.checkpoint import Checkpoints
+from jaxdpo.train.evaluation import Evaluation
 from jaxdpo.train.state import TrainState
 from jaxdpo.train.step import METRICS, Microbatch, StepPrograms, run_step, shortest
 from jaxdpo.train.writer import MetricsWriter
@@ -46,10 +47,10 @@ def train(
     objective: Objective,
     schedule: Schedule,
     *,
-    evaluate: Callable[[dict], dict[str, float]] | None,
+    evaluate: Callable[[dict], Evaluation] | None,
     writer: MetricsWriter,
     checkpoints: Checkpoints,
-) -> TrainState:
+) -> tuple[TrainState, Evaluation | None]:
     """Runs optimizer steps until `schedule.total`; the last one is always evaluated and saved.
 
     Args:
@@ -58,15 +59,18 @@ def train(
       steps: 0-based step and its host microbatches, from `state.step` on.
       objective: the loss, its options and the reference's log-probs.
       schedule: when to save and evaluate.
-      evaluate: params -> `eval_` metrics, or None without held-out data.
+      evaluate: what a policy does on held-out data, or None without it.
       writer: gets one row per step.
       checkpoints: where states go.
+    Returns:
+      The last state, and its evaluation; None without held-out data, or if nothing was left to do.
     Raises:
       FloatingPointError: for a loss or gradient that is not finite; names step, examples and last good checkpoint.
       RuntimeError: if the first loss is not that of a policy equal to its reference.
     """
     mesh = jax.tree.leaves(state.params)[0].sharding.mesh
     bar = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step")
+    evaluation = None
     began = time.perf_counter()
     for step, batches in steps:
         groups = sum(int(batch.group_mask.sum()) for batch in batches)
@@ -88,7 +92,8 @@ def train(
         }
         last = step + 1 == schedule.total
         if evaluate and (last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0)):
-            row |= evaluate(state.params)
+            evaluation = evaluate(state.params)
+            row |= evaluation.metrics
         writer.write(row)
         if last or (step + 1) % schedule.save_every == 0:
             checkpoints.save(state)
@@ -101,7 +106,7 @@ def train(
         began = time.perf_counter()
     bar.close()
     checkpoints.wait()
-    return state
+    return state, evaluation
 
 
 def check_first_loss(loss: float, objective: Objective) -> None:

