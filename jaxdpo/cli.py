@@ -4,7 +4,6 @@ The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is i
 """
 
 import dataclasses
-import logging
 import sys
 import types
 import typing
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         verb, config = parse(argv)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of the merge that one process does not need
         VERBS[verb][1](config)
     except InputError as error:
         print(f"jaxdpo: error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ holds a CRC-32 of every array, verified when it is read back.
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdpo.train.state import TrainState
 from jaxdpo.types import InputError
+
+# Orbax warns, at every save, that what one process wrote needs no merging.
+logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
 KEPT = 2
 """Checkpoints kept: the latest, and the one before it in case the latest is damaged."""

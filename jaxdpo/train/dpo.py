@@ -124,7 +124,9 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
         if held_out is not None and after is None:  # the run was complete already
             after = held_out(state.params)
         write_export(run.export, decoder, state.params, run, overwrite=True)
-        plots.save_curves(read_metrics(run.metrics), run.curves, title=f"{config.model}, DPO on {config.data}")
+        plots.save_curves(
+            read_metrics(run.metrics), run.curves, title=f"{config.model}, DPO on {Path(config.data).name}"
+        )
     return RunResult(schedule.total, before, after, time.perf_counter() - began)
 
 

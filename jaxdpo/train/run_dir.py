@@ -16,6 +16,7 @@ from pathlib import Path
 import ruamel.yaml
 
 from jaxdpo.config import DPOConfig, flag, from_mapping
+from jaxdpo.train.writer import read_metrics
 from jaxdpo.types import InputError
 
 MAY_DIFFER = frozenset({"output_dir", "resume", "epochs", "max_steps", "save_every", "eval_every"})
@@ -102,6 +103,7 @@ def claim(config: DPOConfig) -> DPOConfig:
                 f"--output-dir {run.root} holds {', '.join(present)} but no config.yaml, so it is another program's; "
                 "fix: give another directory"
             )
+    if not _has_begun(run):
         if config.resume == "must":
             raise InputError(f"--resume must: {run.root} holds no run; fix: check --output-dir, or use --resume auto")
         return config
@@ -113,6 +115,16 @@ def claim(config: DPOConfig) -> DPOConfig:
 def stored_config(run: RunDir) -> DPOConfig:
     """The resolved configuration of the run in a directory."""
     return DPOConfig(**from_mapping(DPOConfig, read_yaml(run.config), str(run.config)))
+
+
+def _has_begun(run: RunDir) -> bool:
+    """Whether there is anything to continue: a checkpoint, or a row of a training step.
+
+    A run that died before its first step, of too large a microbatch for example, may be started anew with other options.
+    """
+    saved = any(path.name.isdigit() for path in run.checkpoints.glob("*"))
+    rows = read_metrics(run.metrics) if run.metrics.exists() else []
+    return run.config.exists() and (saved or any(row["step"] > 0 for row in rows))
 
 
 def _continued(config: DPOConfig, stored: DPOConfig, run: RunDir) -> DPOConfig:
