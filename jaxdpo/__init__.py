@@ -5,7 +5,6 @@ command line starts without jax.
 """
 
 import importlib
-import importlib.metadata
 from typing import Any
 
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -42,7 +41,9 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("jaxdpo")
+        from importlib import metadata  # 40 ms that most imports do not need
+
+        return metadata.version("jaxdpo")
     if name not in _HOME:
         raise AttributeError(f"module 'jaxdpo' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

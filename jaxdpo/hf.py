@@ -168,7 +168,7 @@ class _Safetensors:
         elif any(directory.glob("pytorch_model*.bin")):
             raise InputError(
                 f"{directory} holds only pickled weights (pytorch_model*.bin), which can run code and are never read; "
-                f"convert them to safetensors: save_pretrained(..., safe_serialization=True)"
+                f"convert them to safetensors: save_pretrained(...)"
             )
         else:
             raise InputError(f"{directory} has no weights; allowed: {_WEIGHTS}, or shards with {_INDEX}")
@@ -218,9 +218,8 @@ def _write_weights(
     shapes = families.table_shapes(family, decoder.config)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards = families.split_shards(sizes, limit)
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = [_WEIGHTS]
+    numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = numbered if len(shards) > 1 else [_WEIGHTS]
     tensors = families.export_tensors(family, decoder, params)
     for file, names in zip(files, shards, strict=True):
         # Contiguous: safetensors writes the memory of a strided array as it lies, silently wrong.
@@ -243,8 +242,7 @@ def _move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _tokenizer_ids(tokenizer: Any) -> dict[str, int]:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: getattr(tokenizer, name, None) for name in names}
+    ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value is not None}
 
 

@@ -24,7 +24,8 @@ def test_the_first_two_blocks_set_up_and_run_quickstart_and_tests():
 
 
 def test_every_jaxdpo_command_parses():
-    commands = re.findall(r"jaxdpo (dpo --model .*|export --checkpoint .*? --output-dir \w+)", README.read_text("utf-8"))
+    text = README.read_text(encoding="utf-8")
+    commands = re.findall(r"jaxdpo (dpo --model .*|export --checkpoint .*? --output-dir \w+)", text)
     assert len(commands) == 2
     for command in commands:
         verb, config = parse(command.split())

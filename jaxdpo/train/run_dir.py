@@ -120,7 +120,7 @@ def stored_config(run: RunDir) -> DPOConfig:
 def _has_begun(run: RunDir) -> bool:
     """Whether there is anything to continue: a checkpoint, or a row of a training step.
 
-    A run that died before its first step, of too large a microbatch for example, may be started anew with other options.
+    A run that died before its first step, of too large a microbatch perhaps, may be started anew with other options.
     """
     saved = any(path.name.isdigit() for path in run.checkpoints.glob("*"))
     rows = read_metrics(run.metrics) if run.metrics.exists() else []

@@ -95,7 +95,7 @@ def make_programs(
     def update(state: TrainState, grads: dict) -> tuple[TrainState, jax.Array]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
+        return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
 
     anywhere: Any = None  # scalars: wherever the compiler leaves them
 

@@ -189,12 +189,14 @@ def test_dataset_counts_what_was_cut_and_names_what_was_dropped():
     assert dataset.summary() == (
         f"2 groups, {3 + 2 + 2 + 4 + 4 + 4} tokens of which {2 + 2 + 4 + 4} are scored, "
         "1 prompts lost their beginning, 2 completions lost their end, "
-        "dropped 2: row 1 (line 2): two completions have the same first 4 tokens; row 4 (line 5): a completion has no tokens"
+        "dropped 2: row 1 (line 2): two completions have the same first 4 tokens; "
+        "row 4 (line 5): a completion has no tokens"
     )
 
 
 def test_dataset_without_a_usable_preference():
-    with pytest.raises(InputError, match=r"none of 1 preferences is usable .* row 6 \(line 7\): a completion has no tokens"):
+    complaint = r"none of 1 preferences is usable .* row 6 \(line 7\): a completion has no tokens"
+    with pytest.raises(InputError, match=complaint):
         tokenize_dataset([preference("x", "d", "<eos>", line=7)], SMOLLM_LIKE, 8)
 
 
