@@ -20,12 +20,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxdpo import cli, load_hf, load_tokenizer, make_mesh, resolve_model
-from jaxdpo.data.layout import choose_capacity
-from jaxdpo.data.pipeline import StepPlan, all_batches
-from jaxdpo.data.sources import load_preferences
-from jaxdpo.data.tokenize import tokenize_dataset
-from jaxdpo.reference import dataset_logps, make_logp_program
+from jaxdpo import (
+    StepPlan,
+    all_batches,
+    choose_capacity,
+    cli,
+    dataset_logps,
+    load_hf,
+    load_preferences,
+    load_tokenizer,
+    make_logp_program,
+    make_mesh,
+    resolve_model,
+    tokenize_dataset,
+)
 from jaxdpo.train.writer import read_metrics
 
 LOSS_TOLERANCE = 2e-4

@@ -60,14 +60,16 @@ def hide_colons(app: Sphinx, what: str, name: str, obj: object, options: object,
 
 
 def finish(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Puts the colons back, and lets docstrings say `Batch`es: in reStructuredText no letter may follow inline code.
+    """What reStructuredText would misread: the colons go back, `Batch`es may follow code, fields may share a text.
 
     What Python itself says of a NamedTuple's field without a text of its own tells a reader nothing, and goes.
     """
     if lines and lines[0].startswith("Alias for field number"):
         lines.clear()
     for i, line in enumerate(lines):
-        lines[i] = re.sub(r"(`[^`]+`)(?=(\w?))", lambda m: m[1] + ("\\ " if m[2] else ""), line).replace(COLON, ":")
+        line = re.sub(r"(`[^`]+`)(?=(\w?))", lambda m: m[1] + ("\\ " if m[2] else ""), line)
+        line = re.sub(r"^:ivar [\w, ]+:", lambda m: m[0].replace(", ", "/"), line)  # else the first ones are its type
+        lines[i] = line.replace(COLON, ":")
 
 
 def check_api_is_complete(app: Sphinx) -> None:

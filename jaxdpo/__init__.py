@@ -20,11 +20,15 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "plackett_luce_loss",
         "preference_metrics",
     ),
-    "jaxdpo.sharding": ("make_mesh",),
+    "jaxdpo.sharding": ("batch_size_multiple", "make_mesh", "place_batch"),
     "jaxdpo.models": ("Decoder", "TransformerConfig", "abstract_params", "init_params", "make_decoder"),
     "jaxdpo.families": ("FAMILIES",),
-    "jaxdpo.hub": ("resolve_model",),
+    "jaxdpo.hub": ("HubUnreachable", "resolve_model"),
     "jaxdpo.hf": ("load_hf", "load_tokenizer", "save_hf"),
+    "jaxdpo.data.sources": ("load_preferences",),
+    "jaxdpo.data.tokenize": ("tokenize_dataset",),
+    "jaxdpo.data.layout": ("choose_capacity",),
+    "jaxdpo.data.pipeline": ("StepPlan", "all_batches", "first_epoch", "microbatches", "prefetched"),
     "jaxdpo.logprobs": ("sequence_logps", "token_logps"),
     "jaxdpo.reference": ("dataset_logps", "make_logp_program", "slot_logps"),
     "jaxdpo.train.optimizer": ("make_optimizer", "rmsprop", "warmup_schedule"),
@@ -41,9 +45,7 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib import metadata  # 40 ms that most imports do not need
-
-        return metadata.version("jaxdpo")
+        return importlib.import_module("importlib.metadata").version("jaxdpo")  # 40 ms that most imports do not need
     if name not in _HOME:
         raise AttributeError(f"module 'jaxdpo' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

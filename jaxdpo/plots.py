@@ -23,7 +23,7 @@ Row = dict[str, float]
 
 
 def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Draws a run's metrics: loss, margins, accuracy, chosen and rejected log-probs, gradient norm, learning rate.
+    """Draws a run's metrics: loss, margins, accuracy, rewards, chosen and rejected log-probs, learning rate.
 
     Args:
       rows: of `metrics.jsonl`, as `jaxdpo.train.writer.read_metrics` gives them.

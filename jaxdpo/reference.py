@@ -1,4 +1,4 @@
-"""Log-probs of a whole dataset in one forward-only pass: the reference's before training, the policy's at evaluation.
+"""Log-probs of a dataset in one forward-only pass: the reference's before training, the policy's at evaluation.
 
 At the start of a run the policy is its own reference, so the pass needs no second copy of the weights, and no step pays
 for a reference forward. Log-probs are kept per token in float32, from the same function, kernel and compute dtype

@@ -8,7 +8,6 @@ import pytest
 
 from jaxdpo.data.pipeline import all_batches, microbatches
 from jaxdpo.logprobs import token_logps
-from jaxdpo.models import init_params
 from jaxdpo.reference import dataset_logps, make_logp_program, slot_logps
 from jaxdpo.sharding import batch_size_multiple, make_mesh
 from tests import tiny
@@ -25,14 +24,14 @@ def batches_for(mesh, **options):
 @functools.cache
 def logps_on(devices):
     mesh = make_mesh(jax.devices()[:devices])
-    params = init_params(DECODER, jax.random.key(0), mesh)
+    params = tiny.params(DECODER, mesh)
     with jax.set_mesh(mesh):
         return dataset_logps(make_logp_program(DECODER), params, batches_for(mesh), mesh, label="test")
 
 
 def test_sums_are_those_of_separate_passes():
     logps = logps_on(1)
-    expected = unpacked(DECODER, init_params(DECODER, jax.random.key(0)), DATA)
+    expected = unpacked(DECODER, tiny.params(DECODER), DATA)
     np.testing.assert_allclose(logps.sequences, expected, rtol=1e-6, atol=1e-5)
     assert logps.mask.tolist() == [[c < len(g.completions) for c in range(DATA.candidates)] for g in DATA.groups]
 
@@ -58,7 +57,7 @@ def test_tokens_are_float32_and_sum_to_the_sequences():
 def test_stored_log_probs_fit_any_packing():
     """They are found by example, whichever row and slots a step gives it; empty slots hold 0."""
     order = np.random.default_rng(0).permutation(len(DATA))
-    params = init_params(DECODER, jax.random.key(0))
+    params = tiny.params(DECODER)
     layout = tiny.layout(DATA, row_length=64, tokens=128)
     made = microbatches(DATA, order, layout)
     assert len(made) > 1

@@ -11,7 +11,7 @@ from jaxdpo.data.layout import choose_capacity
 from jaxdpo.data.packing import Layout
 from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup
 from jaxdpo.hf import save_hf
-from jaxdpo.models import Decoder, TransformerConfig, init_params, make_decoder
+from jaxdpo.models import Decoder, TransformerConfig, abstract_params, make_decoder
 
 LLAMA = TransformerConfig(
     model_type="llama",
@@ -51,6 +51,17 @@ WITH_TOKENIZER = dataclasses.replace(LLAMA, vocab_size=264, num_layers=1, bos_to
 
 def decoder(config: TransformerConfig = LLAMA, compute_dtype: str = "float32") -> Decoder:
     return make_decoder(config, compute_dtype=compute_dtype)
+
+
+def params(decoder: Decoder, mesh: jax.sharding.Mesh | None = None, *, seed: int = 0, dtype: str = "float32") -> dict:
+    """Random parameters, the same numbers in any dtype, by NumPy: `init_params` compiles for seconds."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = rng.normal(scale=decoder.config.init_std, size=leaf.shape).astype(np.float32)
+        return jax.device_put(values.astype(dtype), leaf.sharding)
+
+    return jax.tree.map(draw, abstract_params(decoder, mesh))
 
 
 def dataset(*, groups: int, candidates: tuple[int, int] = (2, 2), longest: int = 12, seed: int = 0) -> TokenizedDataset:
@@ -95,7 +106,7 @@ def write_model(directory: Path, config: TransformerConfig = WITH_TOKENIZER, *, 
     from tests.data.toy_tokenizers import toy_tokenizer  # 1 s to import, and few tests need it
 
     model = make_decoder(config)
-    return save_hf(directory, model, init_params(model, jax.random.key(seed)), tokenizer=toy_tokenizer())
+    return save_hf(directory, model, params(model, seed=seed), tokenizer=toy_tokenizer())
 
 
 def write_pairs(path: Path, numbers: range) -> Path:

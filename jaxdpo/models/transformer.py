@@ -12,7 +12,7 @@ from jaxdpo.sharding import constrain
 
 
 class Transformer(nnx.Module):
-    """Parameters `embed`, `blocks` (stacked, first axis `layers`), `final_norm` and, where untied, `head`."""
+    """Parameters `tokens`, `positions` if learned, `blocks` (first axis `layers`), `final_norm`, `head` if untied."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -55,8 +55,7 @@ class Checkpoints:
             {
                 "params": state.params,
                 "opt_state": state.opt_state,
-                # As one text: Orbax would take an empty dict or list in it for no leaf at all.
-                "meta": {"json": json.dumps({**self.meta, "step": step, "digests": digests})},
+                "meta": _sealed({**self.meta, "step": step, "digests": digests}),
             },
         )
 
@@ -99,7 +98,10 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The `meta` of one step's directory: `step`, `digests` and what `Checkpoints` was given."""
-    return json.loads(ocp.load_checkpointables(path.absolute(), {"meta": None})["meta"]["json"])
+    sealed = _read(path, {"meta": None})["meta"]
+    if zlib.crc32(sealed["json"].encode()) != sealed["crc32"]:
+        raise _damaged(path, "meta is not what was saved")
+    return json.loads(sealed["json"])
 
 
 def load_params(path: Path, abstract_params: dict) -> dict:
@@ -122,6 +124,24 @@ def _crc32(array: Any) -> int:
     return zlib.crc32(host.reshape(-1).view(np.uint8).data)
 
 
+def _sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """One text and its digest; as a tree, Orbax would take an empty dict or list in it for no leaf at all."""
+    text = json.dumps(meta)
+    return {"json": text, "crc32": zlib.crc32(text.encode())}
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: {what}: the disk changed it; fix: remove {path} to go on from the checkpoint before it")
+
+
+def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
+    """What Orbax reads; its own errors say no more than "incompatible handler"."""
+    try:
+        return ocp.load_checkpointables(path.absolute(), like)
+    except (LookupError, ValueError, OSError) as error:
+        raise _damaged(path, f"{', '.join(like)} cannot be read ({type(error).__name__})") from error
+
+
 def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     for name, tree in like.items():
         keys = {jax.tree_util.keystr(key) for key, _ in jax.tree_util.tree_leaves_with_path(tree)}
@@ -131,15 +151,12 @@ def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str
                 f"{path}: {name} holds other arrays than this model and optimizer: "
                 f"{sorted(stored ^ keys)[:4]}; fix: resume with the options the run was started with"
             )
-    trees = ocp.load_checkpointables(path.absolute(), jax.tree.map(_abstract, like))
+    trees = _read(path, jax.tree.map(_abstract, like))
     for name, tree in trees.items():
         if name not in like:
             continue
         for key, digest in tree_digests(tree).items():
             if digest != meta["digests"][name][key]:
-                raise InputError(
-                    f"{path}: {name}{key} is not what was saved (CRC-32 {digest:08x}, saved "
-                    f"{meta['digests'][name][key]:08x}): the disk changed it; fix: remove {path} to go on from the "
-                    "checkpoint before it"
-                )
+                saved = meta["digests"][name][key]
+                raise _damaged(path, f"{name}{key} is not what was saved (CRC-32 {digest:08x}, saved {saved:08x})")
     return trees

@@ -70,6 +70,9 @@ class Prepared(NamedTuple):
     """Resolved: nothing is left to be chosen."""
     data: list[Data]
     """The training data and, where there is one, the held-out data."""
+    model: Path
+    """Directory it was read from."""
+    tokenizer: Any
     decoder: Decoder
     params: dict
     layout: Layout
@@ -91,22 +94,27 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
     """
     began = time.perf_counter()
     config, run, mesh = claim(config), RunDir(Path(config.output_dir)), make_mesh(devices)
-    config, data, decoder, params, layout, order, schedule, meta = prepare(config, run, mesh)
+    ready = prepare(config, mesh)
+    config, data, schedule = ready.config, ready.data, ready.schedule
+    decoder, layout, order = ready.decoder, ready.layout, ready.order
     with jax.set_mesh(mesh):
         program = make_logp_program(decoder)
         seen = first_epoch(data[0].dataset, order, layout, schedule.total)
         total = min(len(data[0].dataset), schedule.total * config.batch_size)
-        reference = dataset_logps(program, params, seen, mesh, label="reference", total=total)
+        reference = dataset_logps(program, ready.params, seen, mesh, label="reference", total=total)
         loss, scalars = LOSSES[config.loss], {"beta": config.beta, "label_smoothing": config.label_smoothing}
         objective = Objective(loss, scalars, reference, decoder.compute_dtype)
-        held_out = _held_out(objective, program, params, data[1].dataset, layout, mesh) if len(data) > 1 else None
-        before = None if held_out is None else held_out(params)
+        held_out = None
+        if len(data) > 1:
+            held_out = _held_out(objective, program, ready.params, data[1].dataset, layout, mesh)
+        before = held_out(ready.params) if held_out else None
         optimizer = make_optimizer(config)
-        state = init_state(params, optimizer, mesh)
-        del params  # the first step donates them
-        with contextlib.closing(Checkpoints(run.checkpoints, meta)) as checkpoints:
+        state = init_state(ready.params, optimizer, mesh)  # the first step donates them
+        with contextlib.closing(Checkpoints(run.checkpoints, ready.meta)) as checkpoints:
             if checkpoints.latest_step is not None:
                 state = _resumed(state, checkpoints, schedule.total)
+            keep_model_files(run, ready.model, ready.tokenizer)
+            write_config(run, config)
             start = int(state.step)
             with contextlib.closing(MetricsWriter(run.metrics, resume_step=start)) as writer:
                 if before is not None and start == 0:
@@ -148,12 +156,11 @@ def _held_out(
     return lambda params: evaluate(objective.loss, logps(params), reference, objective.scalars)
 
 
-def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared:
-    """Reads data and model, chooses the layout, prints the plan and writes the resolved configuration.
+def prepare(config: DPOConfig, mesh: jax.sharding.Mesh) -> Prepared:
+    """Reads data and model, chooses the layout and prints the plan; writes nothing.
 
     Args:
       config: as claimed by `claim`.
-      run: its directory.
       mesh: where it will run.
     Raises:
       InputError: for whatever of it cannot be used.
@@ -169,7 +176,7 @@ def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared
     platform = mesh.devices.flat[0].platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     decoder, params = load_hf(model, compute_dtype=dtype, mesh=mesh)
-    _check_positions(decoder, config.max_length)
+    _check_positions(decoder, data)
     microbatch_tokens = config.microbatch_tokens or MICROBATCH_TOKENS.get(platform, MICROBATCH_TOKENS_ELSEWHERE)
     order = StepPlan(len(data[0].dataset), config.batch_size, seed=config.seed, shuffle=config.shuffle)
     layout = choose_capacity(
@@ -191,8 +198,6 @@ def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared
         save_every=save_every,
     )
     print_forecast(config, decoder, params, [item.dataset for item in data], layout, order, total)
-    keep_model_files(run, model, tokenizer)
-    write_config(run, config)
     meta = {
         "config": dataclasses.asdict(config),
         "data": [item.loaded.digest for item in data],
@@ -200,7 +205,7 @@ def prepare(config: DPOConfig, run: RunDir, mesh: jax.sharding.Mesh) -> Prepared
     }
     learning_rate = warmup_schedule(config.learning_rate, config.warmup_steps)
     schedule = Schedule(total, save_every, config.eval_every, learning_rate)
-    return Prepared(config, data, decoder, params, layout, order, schedule, meta)
+    return Prepared(config, data, model, tokenizer, decoder, params, layout, order, schedule, meta)
 
 
 def _tokenize(loaded: LoadedPreferences, tokenizer: Any, max_length: int) -> TokenizedDataset:
@@ -210,12 +215,15 @@ def _tokenize(loaded: LoadedPreferences, tokenizer: Any, max_length: int) -> Tok
     return dataset
 
 
-def _check_positions(decoder: Decoder, max_length: int) -> None:
-    if max_length > decoder.config.max_positions:
-        raise InputError(
-            f"--max-length {max_length} exceeds the model's {decoder.config.max_positions} positions; "
-            f"allowed: up to {decoder.config.max_positions}; fix: lower --max-length"
-        )
+def _check_positions(decoder: Decoder, data: Sequence[Data]) -> None:
+    positions = decoder.config.max_positions
+    for item in data:
+        longest = max(item.dataset.groups, key=lambda group: group.longest_path)
+        if longest.longest_path > positions:
+            raise InputError(
+                f"{longest.source}, line {longest.line}: prompt and completion have {longest.longest_path} tokens; "
+                f"allowed: the model's {positions} positions; fix: --max-length {positions}, which cuts and counts"
+            )
 
 
 def _resumed(state: TrainState, checkpoints: Checkpoints, total: int) -> TrainState:

@@ -14,7 +14,7 @@ class Evaluation(NamedTuple):
     """What a policy does on a dataset."""
 
     metrics: dict[str, float]
-    """TRL's names prefixed `eval_`, means over the dataset."""
+    """TRL's names prefixed `eval_`, means over the evaluated pairs."""
     margins: np.ndarray
     """`[examples]` reward margin of every pair, nats times beta."""
 

@@ -74,10 +74,10 @@ def read_yaml(path: Path) -> dict:
 
 
 def write_config(run: RunDir, config: DPOConfig) -> None:
-    """Writes the resolved configuration."""
+    """Writes the resolved configuration, which reproduces the run elsewhere: with `resume: auto`, whatever was asked."""
     text = io.StringIO()
     yaml = ruamel.yaml.YAML()
-    yaml.dump(dataclasses.asdict(config), text)
+    yaml.dump(dataclasses.asdict(dataclasses.replace(config, resume="auto")), text)
     run.root.mkdir(parents=True, exist_ok=True)
     temporary = run.config.with_suffix(".tmp")
     temporary.write_text(text.getvalue(), encoding="utf-8")
@@ -97,7 +97,9 @@ def claim(config: DPOConfig) -> DPOConfig:
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"--output-dir {run.root} is a file; allowed: a directory, new or this run's own")
     if not run.config.exists():
-        present = [path.name for path in (run.metrics, run.checkpoints, run.export) if path.exists()]
+        # An empty directory of checkpoints is all that a run leaves which was killed as it started.
+        filled = (run.metrics, run.export, *run.checkpoints.glob("*"))
+        present = [path.relative_to(run.root).parts[0] for path in filled if path.exists()]
         if present:
             raise InputError(
                 f"--output-dir {run.root} holds {', '.join(present)} but no config.yaml, so it is another program's; "

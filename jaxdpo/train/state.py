@@ -17,6 +17,7 @@ class TrainState(NamedTuple):
     params: dict
     """Nested dict of float32 master parameters."""
     opt_state: optax.OptState
+    """What the optimizer remembers."""
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:

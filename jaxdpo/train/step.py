@@ -17,7 +17,7 @@ from jaxdpo.logprobs import sequence_logps, token_logps
 from jaxdpo.losses import LossSpec, preference_metrics
 from jaxdpo.models import Decoder
 from jaxdpo.train.state import TrainState
-from jaxdpo.types import Array, Batch
+from jaxdpo.types import Array, Batch, InputError
 
 METRICS = (
     "loss",
@@ -35,6 +35,7 @@ class Microbatch(NamedTuple):
     """What one forward and backward pass reads."""
 
     batch: Batch
+    """Preference trees."""
     ref_logps: Array
     """`[rows, slots]` float32 log-probs of the reference."""
 
@@ -43,7 +44,9 @@ class Accumulator(NamedTuple):
     """Gradients and metrics summed over the microbatches of a step so far."""
 
     grads: dict
+    """Like the parameters."""
     metrics: dict[str, jax.Array]
+    """One scalar for each of `METRICS`."""
 
 
 class StepPrograms(NamedTuple):
@@ -75,12 +78,16 @@ def make_programs(
 
     Args:
       decoder: the model.
-      loss: a row of `LOSSES`; its gradients must be a sum over groups (`coupling == "none"`).
+      loss: a row of `LOSSES`; its gradients are a sum over groups (`coupling` is "none").
       optimizer: any Optax transformation.
       shardings: where each array of the state lives, `jax.tree.map(lambda x: x.sharding, state)`; it stays there.
     Returns:
       The programs, jitted; call them under `jax.set_mesh`.
+    Raises:
+      InputError: for a loss whose groups depend on each other: its gradients would not add up over microbatches.
     """
+    if loss.coupling != "none":
+        raise InputError(f"the loss has coupling {loss.coupling!r}; allowed: 'none'; its groups must not interact")
 
     def objective(params: dict, microbatch: Microbatch, groups: Array, scalars: Mapping[str, Any]) -> tuple:
         batch = microbatch.batch

@@ -1,0 +1,1 @@
+"""Training by preference: state, step, loop, checkpoints, and `run_dpo`, which puts them together."""
