@@ -55,7 +55,7 @@ class Checkpoints:
             {
                 "params": state.params,
                 "opt_state": state.opt_state,
-                "meta": _sealed({**self.meta, "step": step, "digests": digests}),
+                "meta": _sealed(json.dumps({**self.meta, "step": step, "digests": digests})),
             },
         )
 
@@ -99,7 +99,7 @@ def find_checkpoint(path: Path) -> Path:
 def read_meta(path: Path) -> dict[str, Any]:
     """The `meta` of one step's directory: `step`, `digests` and what `Checkpoints` was given."""
     sealed = _read(path, {"meta": None})["meta"]
-    if zlib.crc32(sealed["json"].encode()) != sealed["crc32"]:
+    if sealed != _sealed(sealed["json"]):
         raise _damaged(path, "meta is not what was saved")
     return json.loads(sealed["json"])
 
@@ -110,9 +110,13 @@ def load_params(path: Path, abstract_params: dict) -> dict:
 
 
 def tree_digests(tree: Any) -> dict[str, int]:
-    """CRC-32 of every array of a pytree (4 GB/s), keyed by its path."""
+    """CRC-32 of every array of a pytree (4 GB/s), keyed by its path, dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
+    return {_name(path, leaf): _crc32(leaf) for path, leaf in leaves}
+
+
+def _name(path: jax.tree_util.KeyPath, leaf: Any) -> str:
+    return f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}"
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
@@ -124,10 +128,9 @@ def _crc32(array: Any) -> int:
     return zlib.crc32(host.reshape(-1).view(np.uint8).data)
 
 
-def _sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """One text and its digest; as a tree, Orbax would take an empty dict or list in it for no leaf at all."""
-    text = json.dumps(meta)
-    return {"json": text, "crc32": zlib.crc32(text.encode())}
+def _sealed(text: str) -> dict[str, str]:
+    """One text and its digest; Orbax would take an empty dict or list in a tree for no leaf at all."""
+    return {"json": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
 
 
 def _damaged(path: Path, what: str) -> InputError:
@@ -144,7 +147,7 @@ def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
 
 def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     for name, tree in like.items():
-        keys = {jax.tree_util.keystr(key) for key, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        keys = {_name(key, leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         stored = set(meta["digests"][name])
         if keys != stored:
             raise InputError(

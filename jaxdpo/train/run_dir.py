@@ -74,7 +74,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def write_config(run: RunDir, config: DPOConfig) -> None:
-    """Writes the resolved configuration, which reproduces the run elsewhere: with `resume: auto`, whatever was asked."""
+    """Writes the resolved configuration, which reproduces the run elsewhere: with `resume: auto`, whatever it was."""
     text = io.StringIO()
     yaml = ruamel.yaml.YAML()
     yaml.dump(dataclasses.asdict(dataclasses.replace(config, resume="auto")), text)
