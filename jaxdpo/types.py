@@ -22,6 +22,10 @@ class InputError(ValueError):
     """Input that cannot be used as it is; the message says what, got, allowed and fix."""
 
 
+class RunStopped(RuntimeError):
+    """A run that must not go on; the message says at which step, why, and what to do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """One prompt and its completions as text, best first.

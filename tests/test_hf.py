@@ -180,7 +180,7 @@ BROKEN = {
     ),
     "size": (
         lambda d: edit_json(d / "config.json", lambda c: c.update(num_key_value_heads=4)),
-        "config.json: num_heads is 6 with num_kv_heads 4",
+        "num_heads is 6 with num_kv_heads 4",
     ),
     "shape": (
         lambda d: edit_json(d / "config.json", lambda c: c.update(vocab_size=102)),

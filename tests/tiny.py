@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -101,12 +102,18 @@ def as_dtype(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def write_model(directory: Path, config: TransformerConfig = WITH_TOKENIZER, *, seed: int = 0) -> Path:
-    """A Hugging Face directory with random weights and a byte-level tokenizer."""
+def write_model(
+    directory: Path,
+    config: TransformerConfig = WITH_TOKENIZER,
+    *,
+    seed: int = 0,
+    edit: Callable[[dict], dict] = lambda params: params,
+) -> Path:
+    """A Hugging Face directory with random weights, perhaps edited, and a byte-level tokenizer."""
     from tests.data.toy_tokenizers import toy_tokenizer  # 1 s to import, and few tests need it
 
     model = make_decoder(config)
-    return save_hf(directory, model, params(model, seed=seed), tokenizer=toy_tokenizer())
+    return save_hf(directory, model, edit(params(model, seed=seed)), tokenizer=toy_tokenizer())
 
 
 def write_pairs(path: Path, numbers: range) -> Path:

@@ -125,7 +125,10 @@ def _text(record: Record, field: str, *, may_be_empty: bool = False) -> str:
         raise InputError(f"field {field!r} is missing; got the fields {sorted(record)}; allowed: {allowed}; add it")
     text = record[field]
     if not isinstance(text, str):
-        raise InputError(f"field {field!r} is {_kind(text)}; allowed: {allowed}; write it as text")
+        raise InputError(
+            f"field {field!r} is {_kind(text)}; allowed: {allowed}; write it as text, "
+            "messages as the model's chat template renders them (tokenizer.apply_chat_template)"
+        )
     if not text and not may_be_empty:
         raise InputError(f"field {field!r} is ''; allowed: {allowed}; fill it or delete the line")
     try:

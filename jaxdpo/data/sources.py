@@ -107,6 +107,9 @@ def file_digest(path: str | pathlib.Path) -> str:
 
 def _open(path: str | pathlib.Path) -> IO[bytes]:
     """The file opened for reading bytes, unzipped if its content is gzip."""
+    if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():  # a pipe would be drained by the first look
+        kind = "a directory" if pathlib.Path(path).is_dir() else "no regular file"
+        raise InputError(f"data file {path} cannot be read, it is {kind}; allowed: a .jsonl or .jsonl.gz file")
     try:
         with open(path, "rb") as file:
             zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC

@@ -54,7 +54,7 @@ def activation(name: str) -> str:
 
 def head_dim(embed: int, heads: int) -> int:
     """Features of each head where the heads share the embedding; InputError where it does not divide."""
-    if embed % heads:
+    if heads < 1 or embed % heads:
         raise InputError(f"config.json has {heads} heads for {embed} features; allowed: a divisor of {embed}")
     return embed // heads
 

@@ -84,14 +84,16 @@ class Checkpoints:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The directory of one step: `path` itself, or the latest step below it; InputError if there is neither."""
+    """One step's directory: `path` itself, or the latest in it or in its `checkpoints/`; InputError without any."""
     if (path / "meta").is_dir():
         return path
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
     steps = [p for p in path.glob("*") if p.name.isdigit() and (p / "meta").is_dir()] if path.is_dir() else []
     if not steps:
         raise InputError(
-            f"{path} holds no checkpoint; allowed: DIR/checkpoints or DIR/checkpoints/STEP of a run; "
-            "fix: give the --output-dir of a `jaxdpo dpo` run followed by /checkpoints"
+            f"{path} holds no checkpoint; allowed: the --output-dir of a run, its checkpoints, or one of them; "
+            "fix: give the directory that `jaxdpo dpo` wrote"
         )
     return max(steps, key=lambda p: int(p.name))
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,17 @@ from jaxdpo import plots
 from jaxdpo.config import DPOConfig
 from jaxdpo.data.layout import choose_capacity
 from jaxdpo.data.packing import Layout
-from jaxdpo.data.pipeline import StepPlan, all_batches, first_epoch, prefetched
+from jaxdpo.data.pipeline import StepPlan, first_epoch, prefetched
 from jaxdpo.data.sources import LoadedPreferences, load_preferences
 from jaxdpo.data.tokenize import TokenizedDataset, tokenize_dataset
-from jaxdpo.hf import load_hf, load_tokenizer
+from jaxdpo.hf import load_config, load_hf, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LOSSES
-from jaxdpo.models import Decoder
-from jaxdpo.reference import DatasetLogps, LogpProgram, dataset_logps, make_logp_program
+from jaxdpo.models import Decoder, TransformerConfig
+from jaxdpo.reference import dataset_logps, make_logp_program
 from jaxdpo.sharding import batch_size_multiple, make_mesh
 from jaxdpo.train.checkpoint import Checkpoints, read_meta, tree_digests
-from jaxdpo.train.evaluation import Evaluation, evaluate
+from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
 from jaxdpo.train.export import keep_model_files, write_export
 from jaxdpo.train.forecast import print_forecast
 from jaxdpo.train.loop import Objective, Schedule, train
@@ -78,6 +78,7 @@ class Prepared(NamedTuple):
     layout: Layout
     order: StepPlan
     schedule: Schedule
+    mesh: jax.sharding.Mesh
     meta: dict[str, Any]
     """Saved with every checkpoint."""
 
@@ -93,42 +94,42 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
       FloatingPointError: for a loss or gradient that is not finite.
     """
     began = time.perf_counter()
-    config, run, mesh = claim(config), RunDir(Path(config.output_dir)), make_mesh(devices)
-    ready = prepare(config, mesh)
+    config, run = claim(config), RunDir(Path(config.output_dir))
+    ready = prepare(config, jax.devices() if devices is None else devices)
     config, data, schedule = ready.config, ready.data, ready.schedule
-    decoder, layout, order = ready.decoder, ready.layout, ready.order
-    with jax.set_mesh(mesh):
+    decoder, layout, order, mesh = ready.decoder, ready.layout, ready.order, ready.mesh
+    run.create()
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(run.checkpoints, ready.meta)) as checkpoints:
+        start = _starting_step(checkpoints, schedule.total)
+        write_config(run, config)
+        keep_model_files(run, ready.model, ready.tokenizer)
         program = make_logp_program(decoder)
-        seen = first_epoch(data[0].dataset, order, layout, schedule.total)
+        loss, scalars = LOSSES[config.loss], {"beta": config.beta, "label_smoothing": config.label_smoothing}
+        before = held_out = None
+        if len(data) > 1:
+            before, held_out = held_out_evaluation(loss, scalars, program, ready.params, data[1].dataset, layout, mesh)
+        seen = first_epoch(data[0].dataset, order, layout, schedule.total if start < schedule.total else 0)
         total = min(len(data[0].dataset), schedule.total * config.batch_size)
         reference = dataset_logps(program, ready.params, seen, mesh, label="reference", total=total)
-        loss, scalars = LOSSES[config.loss], {"beta": config.beta, "label_smoothing": config.label_smoothing}
-        objective = Objective(loss, scalars, reference, decoder.compute_dtype)
-        held_out = None
-        if len(data) > 1:
-            held_out = _held_out(objective, program, ready.params, data[1].dataset, layout, mesh)
-        before = held_out(ready.params) if held_out else None
+        lines = [group.line for group in data[0].dataset.groups]
+        objective = Objective(loss, scalars, reference, decoder.compute_dtype, lines)
         optimizer = make_optimizer(config)
         state = init_state(ready.params, optimizer, mesh)  # the first step donates them
-        with contextlib.closing(Checkpoints(run.checkpoints, ready.meta)) as checkpoints:
-            if checkpoints.latest_step is not None:
-                state = _resumed(state, checkpoints, schedule.total)
-            keep_model_files(run, ready.model, ready.tokenizer)
-            write_config(run, config)
-            start = int(state.step)
-            with contextlib.closing(MetricsWriter(run.metrics, resume_step=start)) as writer:
-                if before is not None and start == 0:
-                    writer.write({"step": 0, **before.metrics})
-                state, after = train(
-                    state,
-                    make_programs(decoder, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)),
-                    prefetched(data[0].dataset, order, layout, start, schedule.total),
-                    objective,
-                    schedule,
-                    evaluate=held_out,
-                    writer=writer,
-                    checkpoints=checkpoints,
-                )
+        if start:
+            state = _resumed(state, checkpoints)
+        with contextlib.closing(MetricsWriter(run.metrics, resume_step=start)) as writer:
+            if before is not None and start == 0:
+                writer.write({"step": 0, **before.metrics})
+            state, after = train(
+                state,
+                make_programs(decoder, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)),
+                prefetched(data[0].dataset, order, layout, start, schedule.total),
+                objective,
+                schedule,
+                evaluate=held_out,
+                writer=writer,
+                checkpoints=checkpoints,
+            )
         if held_out is not None and after is None:  # the run was complete already
             after = held_out(state.params)
         write_export(run.export, decoder, state.params, run, overwrite=True)
@@ -138,30 +139,12 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
     return RunResult(schedule.total, before, after, time.perf_counter() - began)
 
 
-def _held_out(
-    objective: Objective,
-    program: LogpProgram,
-    params: dict,
-    dataset: TokenizedDataset,
-    layout: Layout,
-    mesh: jax.sharding.Mesh,
-) -> Callable[[dict], Evaluation]:
-    """Evaluates parameters on held-out pairs, whose reference log-probs it computes now, with `params`."""
-
-    def logps(params: dict) -> DatasetLogps:
-        batches = all_batches(dataset, layout)
-        return dataset_logps(program, params, batches, mesh, label="held out", total=len(dataset))
-
-    reference = logps(params)
-    return lambda params: evaluate(objective.loss, logps(params), reference, objective.scalars)
-
-
-def prepare(config: DPOConfig, mesh: jax.sharding.Mesh) -> Prepared:
+def prepare(config: DPOConfig, devices: Sequence[jax.Device]) -> Prepared:
     """Reads data and model, chooses the layout and prints the plan; writes nothing.
 
     Args:
       config: as claimed by `claim`.
-      mesh: where it will run.
+      devices: where it will run. As many of them as divide the model's width split the parameters.
     Raises:
       InputError: for whatever of it cannot be used.
     """
@@ -170,13 +153,17 @@ def prepare(config: DPOConfig, mesh: jax.sharding.Mesh) -> Prepared:
     for item in loaded:
         print(f"data       {item.summary()}")
     model = resolve_model(config.model)
+    print(f"model      {config.model}, from {model}")
+    architecture = load_config(model)
     tokenizer = load_tokenizer(model)
     data = [Data(item, _tokenize(item, tokenizer, config.max_length)) for item in loaded]
+    for _, dataset in data:
+        _check_fits(dataset, architecture)
 
-    platform = mesh.devices.flat[0].platform
+    mesh = make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
+    platform = devices[0].platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     decoder, params = load_hf(model, compute_dtype=dtype, mesh=mesh)
-    _check_positions(decoder, data)
     microbatch_tokens = config.microbatch_tokens or MICROBATCH_TOKENS.get(platform, MICROBATCH_TOKENS_ELSEWHERE)
     order = StepPlan(len(data[0].dataset), config.batch_size, seed=config.seed, shuffle=config.shuffle)
     layout = choose_capacity(
@@ -205,7 +192,7 @@ def prepare(config: DPOConfig, mesh: jax.sharding.Mesh) -> Prepared:
     }
     learning_rate = warmup_schedule(config.learning_rate, config.warmup_steps)
     schedule = Schedule(total, save_every, config.eval_every, learning_rate)
-    return Prepared(config, data, model, tokenizer, decoder, params, layout, order, schedule, meta)
+    return Prepared(config, data, model, tokenizer, decoder, params, layout, order, schedule, mesh, meta)
 
 
 def _tokenize(loaded: LoadedPreferences, tokenizer: Any, max_length: int) -> TokenizedDataset:
@@ -215,19 +202,27 @@ def _tokenize(loaded: LoadedPreferences, tokenizer: Any, max_length: int) -> Tok
     return dataset
 
 
-def _check_positions(decoder: Decoder, data: Sequence[Data]) -> None:
-    positions = decoder.config.max_positions
-    for item in data:
-        longest = max(item.dataset.groups, key=lambda group: group.longest_path)
-        if longest.longest_path > positions:
+def _check_fits(dataset: TokenizedDataset, architecture: TransformerConfig) -> None:
+    """InputError, naming file and line, for a path beyond the model's positions or a token beyond its vocabulary."""
+    positions, vocabulary = architecture.max_positions, architecture.vocab_size
+    for group in dataset.groups:
+        if group.longest_path > positions:
             raise InputError(
-                f"{longest.source}, line {longest.line}: prompt and completion have {longest.longest_path} tokens; "
-                f"allowed: the model's {positions} positions; fix: --max-length {positions}, which cuts and counts"
+                f"{group.source}, line {group.line}: prompt and completion have {group.longest_path} tokens; allowed: "
+                f"the model's {positions} positions; fix: --max-length {positions}, which cuts and counts"
+            )
+        largest = max(int(ids.max()) for ids in (group.prompt, *group.completions))
+        if largest >= vocabulary:
+            raise InputError(
+                f"{group.source}, line {group.line}: the tokenizer gives id {largest}; allowed: below the model's "
+                f"vocabulary of {vocabulary}; fix: use the model's own tokenizer, or resize its embeddings"
             )
 
 
-def _resumed(state: TrainState, checkpoints: Checkpoints, total: int) -> TrainState:
-    """The state of the latest checkpoint; InputError if model or data are not those it was saved with."""
+def _starting_step(checkpoints: Checkpoints, total: int) -> int:
+    """Step of the latest checkpoint, 0 without one; InputError if model or data are not those it was saved with."""
+    if checkpoints.latest_step is None:
+        return 0
     path = checkpoints.directory / str(checkpoints.latest_step)
     saved = read_meta(path)
     for name, what in (("data", "data files"), ("initial_params", "model's weights")):
@@ -242,6 +237,11 @@ def _resumed(state: TrainState, checkpoints: Checkpoints, total: int) -> TrainSt
             "or --epochs, or export an earlier checkpoint with `jaxdpo export`"
         )
     print(f"resume     step {saved['step']} of {total}, from {path}")
+    return saved["step"]
+
+
+def _resumed(state: TrainState, checkpoints: Checkpoints) -> TrainState:
+    """The latest checkpoint's state in place of `state`, whose memory is given back first."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)  # else two states would be in memory
+    jax.tree.map(lambda x: x.delete(), state)
     return checkpoints.restore(like)

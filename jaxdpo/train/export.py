@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxdpo.config import ExportConfig
-from jaxdpo.families import find_family
-from jaxdpo.hf import hf_config, hf_generation_config, load_tokenizer, save_hf
+from jaxdpo.hf import hf_config, hf_generation_config, load_config, load_tokenizer, save_hf
 from jaxdpo.models import Decoder, abstract_params, make_decoder
 from jaxdpo.sharding import make_mesh
 from jaxdpo.train.checkpoint import find_checkpoint, load_params, read_meta
@@ -30,11 +31,13 @@ def export_checkpoint(config: ExportConfig) -> None:
             f"{run.model} is missing: it holds the tokenizer of {checkpoint}; allowed: a checkpoint in the directory "
             "of its run; fix: export from DIR/checkpoints where the run wrote it"
         )
-    model_config = hf_config(run.model)
-    decoder = make_decoder(find_family(model_config, str(run.model)).from_hf(model_config))
-    params = load_params(checkpoint, abstract_params(decoder, make_mesh()))
-    print(f"export     step {read_meta(checkpoint)['step']} of {run.root} to {config.output_dir}, {config.dtype}")
-    write_export(Path(config.output_dir), decoder, params, run, dtype=config.dtype)
+    output = Path(config.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output-dir {output} exists and is not empty; allowed: a new directory; fix: name another")
+    decoder = make_decoder(load_config(run.model))
+    params = load_params(checkpoint, abstract_params(decoder, make_mesh(jax.devices()[:1])))
+    write_export(output, decoder, params, run, dtype=config.dtype)
+    print(f"export     step {read_meta(checkpoint)['step']} of {run.root} to {output}, {config.dtype}")
 
 
 def write_export(

@@ -1,5 +1,6 @@
 """What a run will do and about how long it will take, printed before it starts."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from jaxdpo.data.packing import Layout
 from jaxdpo.data.pipeline import StepPlan, microbatches
 from jaxdpo.data.tokenize import TokenizedDataset
 from jaxdpo.models import Decoder, TransformerConfig
+from jaxdpo.train.optimizer import make_optimizer
 
 UTILISATION = 0.35
 """Share of the matrix-product peak that a step of packed rows reaches; measured 0.3 to 0.5 on CPUs."""
@@ -58,22 +60,22 @@ def print_forecast(
     per_step = sum(map(len, sampled)) / len(sampled)
     length, slots = layout.capacity.length, layout.capacity.slots
     flops = forward_flops(decoder.config, size, rows=layout.rows, length=length, slots=slots)
-    # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's before and after.
-    passes = min(total, order.num_steps_per_epoch) + 3 * sum(map(len, datasets[1:])) / order.batch_size
+    # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's at the end.
+    passes = min(total, order.num_steps_per_epoch) + 2 * sum(map(len, datasets[1:])) / order.batch_size
     work = flops * per_step * (BACKWARD * total + passes)
     seconds = work / (UTILISATION * measured_peak(decoder.compute_dtype) * len(devices))
-    moments = {"rmsprop": 1, "adamw": 2}[config.optimizer]
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))  # on each device
+    moments = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, params))) / size
     accumulated = 2 if any(len(batches) > 1 for batches in sampled) else 1
-    memory = 4 * size * (1 + moments + accumulated) / len(devices)
-    print(
-        f"model      {config.model}, {size / 1e6:.1f} M parameters, {decoder.compute_dtype} on {len(devices)} device(s)"
-    )
+    memory = 4 * held * (1 + moments + accumulated)
+    print(f"model      {size / 1e6:.1f} M parameters, {decoder.compute_dtype}, on {len(devices)} device(s)")
     print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
+    pairs = min(order.batch_size, order.groups)
     print(
-        f"run        {total} steps of {order.batch_size} pairs, {per_step:.1f} microbatches each, {config.optimizer}, ",
-        end="",
+        f"run        {total} steps of {pairs} pairs in {per_step:.1f} microbatches; {config.loss}, beta {config.beta:g}"
     )
-    print(f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up steps, beta {config.beta:g}")
+    schedule = f"{config.learning_rate:g} after {config.warmup_steps} warm-up steps"
+    print(f"optimizer  {config.optimizer}, learning rate {schedule}")
     print(f"memory     {memory / 2**30:.1f} GiB a device for parameters, gradients and optimizer, plus activations")
     print(f"time       about {duration(seconds)}, at {UTILISATION:.0%} of the measured matrix-product rate")
 

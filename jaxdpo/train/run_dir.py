@@ -23,11 +23,21 @@ MAY_DIFFER = frozenset({"output_dir", "resume", "epochs", "max_steps", "save_eve
 """Options that a resumed run may change: they do not change any step that both runs take."""
 
 
+_PATHS = ("model", "data", "eval_data")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunDir:
     """Paths of one run."""
 
     root: Path
+
+    def create(self) -> None:
+        """Makes the directory; InputError where that is not possible."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output-dir {self.root} cannot be made ({error.strerror}); name another") from error
 
     @property
     def config(self) -> Path:
@@ -78,7 +88,7 @@ def write_config(run: RunDir, config: DPOConfig) -> None:
     text = io.StringIO()
     yaml = ruamel.yaml.YAML()
     yaml.dump(dataclasses.asdict(dataclasses.replace(config, resume="auto")), text)
-    run.root.mkdir(parents=True, exist_ok=True)
+    run.create()
     temporary = run.config.with_suffix(".tmp")
     temporary.write_text(text.getvalue(), encoding="utf-8")
     os.replace(temporary, run.config)
@@ -98,19 +108,29 @@ def claim(config: DPOConfig) -> DPOConfig:
         raise InputError(f"--output-dir {run.root} is a file; allowed: a directory, new or this run's own")
     if not run.config.exists():
         # An empty directory of checkpoints is all that a run leaves which was killed as it started.
-        filled = (run.metrics, run.export, *run.checkpoints.glob("*"))
+        filled = (run.metrics, run.curves, run.export, run.model, *run.checkpoints.glob("*"))
         present = [path.relative_to(run.root).parts[0] for path in filled if path.exists()]
         if present:
             raise InputError(
                 f"--output-dir {run.root} holds {', '.join(present)} but no config.yaml, so it is another program's; "
                 "fix: give another directory"
             )
+    above = next(path for path in (run.root.absolute(), *run.root.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--output-dir {run.root} cannot be made in {above}; allowed: a writable directory")
     if not _has_begun(run):
         if config.resume == "must":
             raise InputError(f"--resume must: {run.root} holds no run; fix: check --output-dir, or use --resume auto")
         return config
     if config.resume == "never":
         raise InputError(f"--resume never: {run.root} holds a run; fix: give another --output-dir, or remove it")
+    if not _saved(run):
+        if config.resume == "must" or run.export.exists():
+            raise InputError(
+                f"--output-dir {run.root} holds a run without its checkpoints, which cannot be continued; "
+                "fix: bring them back, or give another directory"
+            )
+        print(f"resume     {run.root} holds no checkpoint yet: starting again")
     return _continued(config, stored_config(run), run)
 
 
@@ -124,9 +144,18 @@ def _has_begun(run: RunDir) -> bool:
 
     A run that died before its first step, of too large a microbatch perhaps, may be started anew with other options.
     """
-    saved = any(path.name.isdigit() for path in run.checkpoints.glob("*"))
     rows = read_metrics(run.metrics) if run.metrics.exists() else []
-    return run.config.exists() and (saved or any(row["step"] > 0 for row in rows))
+    return run.config.exists() and (_saved(run) or any(row["step"] > 0 for row in rows))
+
+
+def _saved(run: RunDir) -> bool:
+    return any(path.name.isdigit() for path in run.checkpoints.glob("*"))
+
+
+def _same_place(asked: str | None, had: str | None) -> bool:
+    return (
+        asked is not None and had is not None and Path(asked).exists() and Path(asked).resolve() == Path(had).resolve()
+    )
 
 
 def _continued(config: DPOConfig, stored: DPOConfig, run: RunDir) -> DPOConfig:
@@ -134,7 +163,7 @@ def _continued(config: DPOConfig, stored: DPOConfig, run: RunDir) -> DPOConfig:
     adopted = {}
     for field in dataclasses.fields(DPOConfig):
         name, asked, had = field.name, getattr(config, field.name), getattr(stored, field.name)
-        if name in MAY_DIFFER or asked == had:
+        if name in MAY_DIFFER or asked == had or (name in _PATHS and _same_place(asked, had)):
             continue
         if asked is None and field.default is None and had is not None and name != "eval_data":
             adopted[name] = had

@@ -8,7 +8,7 @@ from jaxdpo.types import InputError
 
 
 class MetricsWriter:
-    """Appends rows to a JSON-lines file; each row is on disk before `write` returns to a killed process's successor."""
+    """Appends rows to a JSON-lines file; a row that was written outlives a kill of this process."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         """Opens the file and cuts rows whose `step` is above `resume_step`, and a torn last line."""
@@ -39,4 +39,7 @@ def _whole_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was torn by a kill
+    try:
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was torn by a kill
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}); fix: restore it, or give another --output-dir") from error

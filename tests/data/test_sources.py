@@ -82,7 +82,7 @@ def test_broken_file_is_an_error_that_names_file_and_row(write, content, complai
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(InputError, match=r"gone\.jsonl cannot be read \(No such file or directory\)"):
         load_preferences(tmp_path / "gone.jsonl")
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(InputError, match=r"cannot be read, it is a directory"):
         load_preferences(tmp_path)
 
 

@@ -1,0 +1,370 @@
+"""`jaxdpo dpo` from end to end on a tiny model: what it writes, that it repeats, and that options do what they say."""
+
+import dataclasses
+import json
+import math
+import shlex
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxdpo import cli
+from jaxdpo.config import DPOConfig
+from jaxdpo.data.pipeline import StepPlan
+from jaxdpo.data.sources import load_preferences
+from jaxdpo.data.tokenize import tokenize_dataset
+from jaxdpo.hf import load_tokenizer
+from jaxdpo.train.dpo import run_dpo
+from jaxdpo.train.run_dir import read_yaml
+from tests import tiny
+
+ROW = [
+    "step",
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "pairs_per_second",
+]
+"""Keys of a line of metrics.jsonl: others script against them."""
+EVALUATED = [f"eval_{name}" for name in ROW[1:8]]
+
+
+def metrics(root):
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(root):
+    """The metrics without what no two runs have in common."""
+    return [{key: value for key, value in row.items() if key != "pairs_per_second"} for row in metrics(root)]
+
+
+def weights(directory):
+    return (directory / "model.safetensors").read_bytes()
+
+
+def change(root, inputs):
+    """Largest change of every weight."""
+    before, after = load_file(inputs.model / "model.safetensors"), load_file(root / "export" / "model.safetensors")
+    return {name: np.abs(after[name] - before[name]).max() for name in before}
+
+
+@pytest.fixture(scope="module")
+def dataset(inputs):
+    return tokenize_dataset(load_preferences(inputs.data).preferences, load_tokenizer(inputs.model), 64)
+
+
+# What a run leaves.
+
+
+def test_every_file_of_the_contract_is_there(full):
+    names = {"config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "model", "export"}
+    assert {path.name for path in full.root.iterdir()} == names
+    assert {path.name for path in (full.root / "checkpoints").iterdir()} == {"9", "10"}
+    exported = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (full.root / "export").iterdir()} == exported
+    assert {path.name for path in (full.root / "model").iterdir()} == exported - {"model.safetensors"}
+    assert (full.root / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_hold_one_row_for_each_step(full):
+    before, *rows = metrics(full.root)
+    assert list(before) == ["step", *EVALUATED] and before["step"] == 0
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    for row in rows:
+        assert list(row) == ROW + (EVALUATED if row["step"] % 2 == 0 else [])
+        assert all(math.isfinite(value) for value in row.values())
+
+
+def test_metrics_say_what_happened(full, dataset):
+    before, *rows = metrics(full.root)
+    assert before["eval_loss"] == rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["eval_rewards/accuracies"] == rows[0]["rewards/accuracies"] == 0.5  # all tie
+    assert rows[-1]["loss"] < 0.5 and rows[-1]["rewards/accuracies"] > 0.9 and rows[-1]["eval_loss"] < 0.6
+    plan = StepPlan(len(dataset), 5, seed=0)
+    for row in rows:
+        assert row["tokens"] == dataset.tokens[plan.groups_of_step(row["step"] - 1)].sum()
+        assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 4), rel=1e-6)
+        margin = row["rewards/chosen"] - row["rewards/rejected"]
+        assert row["rewards/margins"] == pytest.approx(margin, rel=1e-5, abs=1e-6)
+    assert sum(row["tokens"] for row in rows) == 2 * dataset.tokens.sum()
+
+
+def words(lines):
+    """`first word -> the rest`, the last line of each first word."""
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+def test_the_plan_is_printed_first(full, inputs):
+    plan = full.printed[: full.printed.index("\n\n")]
+    assert {"data", "tokens", "model", "layout", "run", "memory", "time"} <= set(words(plan.splitlines()))
+    for fact in (
+        f"{inputs.data}: 24 preferences (pairs), dropped 0",
+        f"{inputs.held_out}: 8 preferences (pairs), dropped 0",
+        str(inputs.model),
+        "float32, on 8 device(s)",
+        "10 steps of 5 pairs",
+        "rmsprop, learning rate 0.001 after 3 warm-up steps",
+    ):
+        assert fact in plan
+
+
+def test_the_result_is_printed_last(full):
+    report = words(full.printed[full.printed.index("\n\n") :].strip().splitlines())
+    last = metrics(full.root)[-1]
+    assert report["done"].startswith("step 10, ")
+    assert report["held"] == "out   8 pairs, before -> after"
+    assert report["accuracy"] == f"0.500 -> {last['eval_rewards/accuracies']:.3f}"
+    assert report["margin"].startswith(f"0.000 -> {last['eval_rewards/margins']:.3f} (standard error 0.")
+    assert report["files"].startswith(f"{full.root}: ")
+    assert report["export"].startswith(f"{full.root / 'export'}: ")
+    verb, config = cli.parse(shlex.split(report["try"])[2:])
+    assert (verb, config.beta, config.output_dir) == ("dpo", 0.3, f"{full.root}-beta-0.3")
+
+
+def test_the_configuration_is_resolved(full, inputs):
+    config = read_yaml(full.root / "config.yaml")
+    assert set(config) == set(DPOConfig.__dataclass_fields__)
+    chosen = {"dtype": "float32", "row_length": 64, "microbatch_tokens": 2048, "save_every": 1, "epochs": 2}
+    stated = {"data": str(inputs.data), "learning_rate": 1e-3, "eval_every": 2, "max_steps": None}
+    assert {name: config[name] for name in chosen | stated} == chosen | stated
+
+
+# That it repeats.
+
+
+def test_the_configuration_reproduces_the_run(full, tmp_path):
+    other = tmp_path / "other"
+    assert cli.main(["dpo", "--config", str(full.root / "config.yaml"), "--output-dir", str(other)]) == 0
+    assert timeless(other) == timeless(full.root)
+    assert weights(other / "export") == weights(full.root / "export")
+    assert read_yaml(other / "config.yaml") == {**read_yaml(full.root / "config.yaml"), "output_dir": str(other)}
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(full, inputs, tmp_path):
+    """Whether the length is said in steps or in epochs."""
+    root = tmp_path / "run"
+    assert cli.main(inputs.command(root, full.flags.replace("--epochs 2", "--max-steps 4"))) == 0
+    assert timeless(root) == timeless(full.root)[:5]
+    assert cli.main(inputs.command(root, full.flags + " --resume must")) == 0
+    assert timeless(root) == timeless(full.root)
+    assert weights(root / "export") == weights(full.root / "export")
+
+
+def copied(full, tmp_path):
+    """A copy of the run's directory that believes it is the original."""
+    root = tmp_path / "run"
+    shutil.copytree(full.root, root)
+    config = (root / "config.yaml").read_text().replace(str(full.root), str(root))
+    (root / "config.yaml").write_text(config)
+    return root
+
+
+def test_a_complete_run_has_nothing_left_to_do(full, inputs, tmp_path):
+    root = copied(full, tmp_path)
+    before = (root / "metrics.jsonl").read_bytes(), weights(root / "export")
+    assert cli.main(inputs.command(root, full.flags)) == 0
+    assert ((root / "metrics.jsonl").read_bytes(), weights(root / "export")) == before
+
+
+def test_a_lost_export_is_written_again(full, inputs, tmp_path):
+    root = copied(full, tmp_path)
+    shutil.rmtree(root / "export")
+    assert cli.main(inputs.command(root, full.flags)) == 0
+    assert weights(root / "export") == weights(full.root / "export")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(full, inputs, tmp_path, capsys):
+    root = copied(full, tmp_path)
+    latest = root / "checkpoints" / "10"
+    arrays = max((latest / "params").glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays.write_bytes(bytes(data))
+    assert cli.main(inputs.command(root, full.flags)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"jaxdpo: error: {latest}: params['") and f"remove {latest}" in message
+    shutil.rmtree(latest)
+    assert cli.main(inputs.command(root, full.flags)) == 0
+    assert timeless(root) == timeless(full.root)
+    assert weights(root / "export") == weights(full.root / "export")
+
+
+def test_other_weights_other_data_and_fewer_steps_are_refused(inputs, tmp_path, capsys):
+    own = inputs._replace(model=tmp_path / "model", data=tmp_path / "pairs.jsonl")
+    shutil.copytree(inputs.model, own.model)
+    shutil.copy(inputs.data, own.data)
+    command = own.command(tmp_path / "run", "--batch-size 5 --max-steps 2")
+    assert cli.main(command) == 0
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+
+    def refused(command):
+        assert cli.main(command) == 2
+        assert (tmp_path / "run" / "config.yaml").read_bytes() == config
+        return capsys.readouterr().err.splitlines()[-1]
+
+    latest = tmp_path / "run" / "checkpoints" / "2"
+    message = refused([*command, "--max-steps", "1"])
+    assert message.startswith(f"jaxdpo: error: {latest} is past the 1 steps asked for; allowed: at least 2; fix: raise")
+    tiny.write_pairs(own.data, range(1, 25))
+    assert f"{latest} was trained from other data files than these" in refused(command)
+    shutil.copy(inputs.data, own.data)
+    shutil.rmtree(own.model)
+    tiny.write_model(own.model, seed=1)
+    assert f"{latest} was trained from other model's weights than these" in refused(command)
+
+
+# That options do what they say.
+
+
+@pytest.fixture(scope="module")
+def smoothed(inputs, tmp_path_factory):
+    """One pair a step, in file order, with label smoothing."""
+    root = tmp_path_factory.mktemp("smoothed") / "run"
+    flags = "--batch-size 1 --max-steps 4 --label-smoothing 0.2 --beta 0.5 --no-shuffle --learning-rate 1e-2"
+    assert cli.main(inputs.command(root, flags + " --warmup-steps 0")) == 0
+    return metrics(root)
+
+
+def test_label_smoothing_is_in_the_loss(smoothed):
+    """-(1 - s) log sigmoid(m) - s log sigmoid(-m) of the one margin m of the step."""
+    for row in smoothed:
+        m = row["rewards/margins"]
+        assert row["loss"] == pytest.approx(0.8 * math.log1p(math.exp(-m)) + 0.2 * math.log1p(math.exp(m)), rel=1e-5)
+    assert abs(smoothed[-1]["rewards/margins"]) > 0.1
+
+
+def test_no_shuffle_is_file_order(smoothed, dataset):
+    assert [row["tokens"] for row in smoothed] == dataset.tokens[:4].tolist()
+    assert len(set(dataset.tokens[:4].tolist())) > 2
+
+
+@pytest.mark.parametrize("optimizer, first", [("rmsprop", 10.0), ("adamw", 1.0)])
+def test_the_optimizer_is_the_one_that_was_asked_for(inputs, tmp_path, optimizer, first):
+    """The first update of RMSprop is rate * g / sqrt(0.01 g^2), that of Adam rate * g / sqrt(g^2)."""
+    flags = f"--batch-size 8 --max-steps 1 --learning-rate 1e-3 --warmup-steps 0 --optimizer {optimizer}"
+    assert cli.main(inputs.command(tmp_path / "run", flags)) == 0
+    assert max(change(tmp_path / "run", inputs).values()) == pytest.approx(first * 1e-3, rel=1e-3)
+
+
+def test_bfloat16_runs_on_a_cpu(inputs, tmp_path):
+    root = tmp_path / "run"
+    assert cli.main(inputs.command(root, "--dtype bfloat16 --batch-size 8 --max-steps 2 --learning-rate 1e-3")) == 0
+    assert metrics(root)[0]["loss"] == pytest.approx(math.log(2), abs=2e-2)
+    assert read_yaml(root / "config.yaml")["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(root / "export" / "model.safetensors").values()} == {
+        np.dtype("float32")
+    }
+    assert 0 < max(change(root, inputs).values()) < 1e-3  # masters are float32: updates below bfloat16's spacing count
+
+
+def run_small(inputs, root, **options):
+    """Three steps of eight pairs on one device, unless the options say otherwise."""
+    files = {"model": str(inputs.model), "data": str(inputs.data), "output_dir": str(root)}
+    recipe = {"max_length": 64, "batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "warmup_steps": 0}
+    return run_dpo(DPOConfig(**{**files, **recipe, **options}), devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def small(inputs, tmp_path_factory):
+    root = tmp_path_factory.mktemp("small") / "run"
+    run_small(inputs, root)
+    return root
+
+
+@pytest.mark.parametrize(
+    "options", [{"row_length": 192}, {"microbatch_tokens": 64}], ids=lambda options: next(iter(options))
+)
+def test_packing_changes_nothing_but_rounding(small, inputs, tmp_path, options):
+    run_small(inputs, tmp_path / "run", **options)
+    assert {name: read_yaml(tmp_path / "run" / "config.yaml")[name] for name in options} == options
+    for row, want in zip(timeless(tmp_path / "run"), timeless(small), strict=True):
+        assert row == pytest.approx(want, rel=1e-3, abs=1e-4)
+    got = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    for name, tensor in load_file(small / "export" / "model.safetensors").items():
+        np.testing.assert_allclose(got[name], tensor, atol=1e-3)
+
+
+def test_the_number_of_devices_changes_nothing_but_rounding(small, inputs, tmp_path):
+    flags = "--batch-size 8 --max-steps 3 --learning-rate 1e-3 --warmup-steps 0"
+    assert cli.main(inputs.command(tmp_path / "run", flags)) == 0
+    for row, want in zip(timeless(tmp_path / "run"), timeless(small), strict=True):
+        assert row == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def test_every_program_of_a_run_is_compiled_once(inputs, tmp_path, caplog):
+    """Two epochs of steps with several microbatches and a last one with a single one, and with held-out data."""
+    options = {"batch_size": 11, "max_steps": 6, "eval_data": str(inputs.held_out), "eval_every": 1}
+    with jax.log_compiles(True):
+        run_small(inputs, tmp_path / "run", microbatch_tokens=64, **options)
+    compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
+    of_the_run = ["jit(accumulate)", "jit(apply)", "jit(logps)", "jit(step)"]
+    assert sorted(name for name in compiled if name in of_the_run) == of_the_run
+
+
+# That it stops where it must.
+
+
+def test_a_reference_that_differs_from_the_policy_stops_the_run(inputs, tmp_path, monkeypatch):
+    from jaxdpo.train import dpo
+
+    honest = dpo.dataset_logps
+
+    def shifted(*args, **kwargs):
+        logps = honest(*args, **kwargs)
+        return logps._replace(tokens={i: x - 0.1 * (i % 3) for i, x in logps.tokens.items()})
+
+    monkeypatch.setattr(dpo, "dataset_logps", shifted)
+    with pytest.raises(
+        RuntimeError, match=r"the loss of the first step is \S+; a policy equal to its reference has 0.6931"
+    ):
+        run_small(inputs, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def poisoned(inputs, tmp_path_factory):
+    """A model that cannot read the letter Z, and pairs of which the tenth holds one."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    config = dataclasses.replace(tiny.WITH_TOKENIZER, tie_embeddings=False)
+    (letter,) = load_tokenizer(inputs.model)("Z")["input_ids"]
+
+    def poison(params):
+        return {**params, "tokens": params["tokens"].at[letter].set(np.nan)}
+
+    lines = tiny.write_pairs(folder / "pairs.jsonl", range(24)).read_text().splitlines(keepends=True)
+    lines[9] = lines[9].replace("fine", "Zen")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return inputs._replace(model=tiny.write_model(folder / "model", config, edit=poison), data=folder / "pairs.jsonl")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(poisoned, tmp_path, capsys):
+    root = tmp_path / "run"
+    flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 1 --row-length 40"  # a row for each pair
+    assert cli.main(poisoned.command(root, flags)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    good = root / "checkpoints" / "2"
+    assert message.startswith(
+        "jaxdpo: stopped: step 3: loss nan, gradient norm nan, not finite; examples (0-based, as kept) [9], lines [10] of "
+    )
+    assert f"last good: {good}; fix: look at these examples" in message
+    assert [row["step"] for row in metrics(root)] == [1, 2]
+    assert cli.main(["export", "--checkpoint", str(good), "--output-dir", str(tmp_path / "export")]) == 0
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert np.isnan(exported["model.embed_tokens.weight"]).any(axis=1).sum() == 1
+    assert all(np.isfinite(x).all() for name, x in exported.items() if "embed" not in name)
+
+
+def test_it_stops_before_the_first_checkpoint_too(poisoned, tmp_path, capsys):
+    flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 6 --row-length 40"
+    assert cli.main(poisoned.command(tmp_path / "run", flags)) == 1
+    assert "[9]; no checkpoint was saved yet; fix: look" in capsys.readouterr().err.splitlines()[-1]
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]

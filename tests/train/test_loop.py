@@ -1,0 +1,172 @@
+"""The loop: when it saves, evaluates and stops. The programs are stand-ins, so nothing is compiled."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdpo.data.pipeline import microbatches
+from jaxdpo.losses import LOSSES
+from jaxdpo.reference import DatasetLogps
+from jaxdpo.sharding import make_mesh, replicated
+from jaxdpo.train.checkpoint import Checkpoints
+from jaxdpo.train.evaluation import Evaluation
+from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, check_first_loss, train
+from jaxdpo.train.state import init_state
+from jaxdpo.train.step import METRICS, StepPrograms
+from jaxdpo.train.writer import MetricsWriter, read_metrics
+from tests import tiny
+
+DATA = tiny.dataset(groups=6)
+LAYOUT = tiny.layout(DATA)
+LOSS = LOSSES["sigmoid"]
+SCALARS = {"beta": 0.1, "label_smoothing": 0.0}
+LN2 = math.log(2)
+
+
+def objective(dtype="float32"):
+    tokens = {i: np.zeros(slots, np.float32) for i, slots in enumerate(DATA.slots)}
+    pairs = np.zeros((len(DATA), 2))
+    return Objective(LOSS, SCALARS, DatasetLogps(tokens, pairs, pairs == 0), dtype)
+
+
+def programs(losses, norms=None, spoiled=()):
+    """One-microbatch steps that report these losses and gradient norms, and `nan` for the groups in `spoiled`."""
+    reported = iter(zip(losses, norms or [1.0] * len(losses), strict=True))
+
+    def step(state, microbatch, groups, scalars):
+        loss, norm = next(reported)
+        metrics = {name: jnp.float32(0.25) for name in METRICS} | {"loss": jnp.float32(loss)}
+        per_group = jnp.where(jnp.isin(microbatch.batch.example_id, jnp.array([-2, *spoiled])), jnp.nan, LN2)
+        return state._replace(step=state.step + 1), metrics | {"grad_norm": jnp.float32(norm)}, per_group
+
+    return StepPrograms(step, None, None, None)
+
+
+class Result:
+    """What a run of the loop left."""
+
+    def __init__(self, tmp_path, made, *, total=6, save_every=2, eval_every=None, held_out=False, pairs=2):
+        mesh = make_mesh(jax.devices()[:1])
+        state = init_state({"a": jax.device_put(np.zeros(8, np.float32), replicated(mesh))}, optax.sgd(1.0), mesh)
+        self.saved, self.evaluated = [], []
+        self.writer = MetricsWriter(tmp_path / "metrics.jsonl", resume_step=0)
+        self.checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+        save = self.checkpoints.save
+        self.checkpoints.save = lambda state: (self.saved.append(int(state.step)), save(state))
+        groups = [[(pairs * step + i) % len(DATA) for i in range(pairs)] for step in range(total)]
+
+        def evaluate(params):
+            self.evaluated.append(len(read_metrics(tmp_path / "metrics.jsonl")) + 1)
+            return Evaluation({"eval_loss": 0.5}, np.zeros(1))
+
+        try:
+            self.state, self.evaluation = train(
+                state,
+                made,
+                ((step, microbatches(DATA, groups[step], LAYOUT)) for step in range(total)),
+                objective(),
+                Schedule(total, save_every, eval_every, lambda step: jnp.float32(1e-6 * (step + 1))),
+                evaluate=evaluate if held_out else None,
+                writer=self.writer,
+                checkpoints=self.checkpoints,
+            )
+        finally:
+            self.writer.close()
+            self.checkpoints.close()
+            self.rows = read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("total, every, saved", [(6, 2, [2, 4, 6]), (5, 2, [2, 4, 5]), (3, 9, [3]), (3, 1, [1, 2, 3])])
+def test_it_saves_at_intervals_and_at_the_end(tmp_path, total, every, saved):
+    result = Result(tmp_path, programs([LN2] * total), total=total, save_every=every)
+    assert result.saved == saved and result.checkpoints.latest_step == total
+    assert result.evaluation is None and int(result.state.step) == total
+
+
+@pytest.mark.parametrize("every, evaluated", [(None, [5]), (2, [2, 4, 5]), (5, [5])])
+def test_it_evaluates_at_intervals_and_at_the_end(tmp_path, every, evaluated):
+    result = Result(tmp_path, programs([LN2] * 5), total=5, eval_every=every, held_out=True)
+    assert result.evaluated == evaluated
+    assert [row["step"] for row in result.rows if "eval_loss" in row] == evaluated
+    assert result.evaluation.metrics == {"eval_loss": 0.5}
+
+
+def test_a_row_says_what_the_step_did(tmp_path):
+    rows = Result(tmp_path, programs([LN2, 0.5], [3.0, 4.0]), total=2).rows
+    for number, (row, loss, norm) in enumerate(zip(rows, (LN2, 0.5), (3.0, 4.0), strict=True)):
+        assert row.pop("pairs_per_second") > 0
+        assert row == {
+            "step": number + 1,
+            **dict.fromkeys(METRICS, 0.25),
+            "loss": pytest.approx(loss, rel=1e-6),
+            "grad_norm": norm,
+            "learning_rate": pytest.approx(1e-6 * (number + 1)),
+            "tokens": int(DATA.tokens[2 * number : 2 * number + 2].sum()),
+        }
+
+
+def stopped(tmp_path, made, **options):
+    """The error, and the steps that have a row."""
+    with pytest.raises(FloatingPointError) as error:
+        Result(tmp_path, made, **options)
+    return str(error.value), [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+
+
+def test_a_loss_that_is_not_finite_names_its_examples(tmp_path):
+    message, steps = stopped(tmp_path, programs([LN2, 0.5, math.nan], spoiled=[5]), total=3)
+    assert message.startswith(
+        "step 3: loss nan, gradient norm 1.0, not finite; examples (0-based, as kept) [5]; last good: "
+    )
+    assert f"last good: {tmp_path}/checkpoints/2; fix: look at these examples, or lower --learning-rate" in message
+    assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_names_all_examples_of_the_step(tmp_path, norm):
+    """No single one is to blame where every loss is finite."""
+    message, steps = stopped(tmp_path, programs([LN2, 0.5], [1.0, norm]), total=2)
+    assert message.startswith(
+        f"step 2: loss 0.5, gradient norm {norm}, not finite; examples (0-based, as kept) [2, 3]; "
+    )
+    assert "; no checkpoint was saved yet; fix: " in message
+    assert steps == [1]
+
+
+def test_a_first_step_that_is_not_finite_is_named_too(tmp_path):
+    message, steps = stopped(tmp_path, programs([math.nan], spoiled=[0]), total=1)
+    assert message.startswith("step 1: loss nan, ") and "[0]; no checkpoint was saved yet" in message
+    assert steps == []
+
+
+def test_the_first_loss_must_be_that_of_the_reference(tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"the loss of the first step is 0\.700000; a policy equal to its reference has 0\.69"
+    ):
+        Result(tmp_path, programs([0.7]), total=1)
+
+
+def test_later_losses_may_be_anything_finite(tmp_path):
+    assert [row["loss"] for row in Result(tmp_path, programs([LN2, 30.0, 0.0]), total=3).rows[1:]] == [30.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype, tolerance", FIRST_LOSS_TOLERANCE.items())
+def test_tolerance_of_the_first_loss(dtype, tolerance):
+    for sign in (-1, 1):
+        check_first_loss(LN2 + sign * 0.9 * tolerance, objective(dtype))
+        with pytest.raises(
+            RuntimeError, match=rf"within {tolerance:g} in {dtype}: policy and reference are not computed alike"
+        ):
+            check_first_loss(LN2 + sign * 1.1 * tolerance, objective(dtype))
+
+
+def test_the_contract_of_the_first_loss():
+    assert FIRST_LOSS_TOLERANCE == {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def test_label_smoothing_does_not_change_the_first_loss():
+    """-(1 - s) log sigmoid(0) - s log sigmoid(0) is ln 2 for any s."""
+    check_first_loss(LN2, objective()._replace(scalars={"beta": 0.1, "label_smoothing": 0.3}))
