@@ -366,5 +366,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(poisoned, tmp_path, capsys):
 def test_it_stops_before_the_first_checkpoint_too(poisoned, tmp_path, capsys):
     flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 6 --row-length 40"
     assert cli.main(poisoned.command(tmp_path / "run", flags)) == 1
-    assert "[9]; no checkpoint was saved yet; fix: look" in capsys.readouterr().err.splitlines()[-1]
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "[9]" in message and "; no checkpoint was saved yet; fix: look" in message
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
