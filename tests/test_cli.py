@@ -10,6 +10,7 @@ import pytest
 
 from jaxdpo import cli
 from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig, flag
+from jaxdpo.types import InputError, RunStopped
 from tests import tiny
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output-dir", "run"]
@@ -88,6 +89,11 @@ def test_a_file_gives_every_option_and_flags_win(yaml):
 
 def test_the_file_may_be_named_with_an_equals_sign(yaml):
     assert parse("=".join(yaml("beta: 0.3"))).beta == 0.3
+
+
+def test_two_files_are_refused(yaml):
+    with pytest.raises(InputError, match=r"--config is given 2 times .*; allowed: once"):
+        parse(*yaml("beta: 0.2"), "--config=other.yaml")
 
 
 def test_flags_can_undo_the_file(yaml):
@@ -315,9 +321,10 @@ def test_the_output_directory_of_another_program(capsys, tmp_path):
     assert message.startswith(f"--output-dir {tmp_path / 'run'} holds checkpoints but no config.yaml, so it is another")
 
 
-def test_a_run_that_had_to_stop_has_status_one(capsys, monkeypatch):
+@pytest.mark.parametrize("error", [FloatingPointError, RunStopped])
+def test_a_run_that_had_to_stop_has_status_one(capsys, monkeypatch, error):
     def stop(config):
-        raise FloatingPointError("step 3: loss nan")
+        raise error("step 3: loss nan")
 
     monkeypatch.setitem(cli.VERBS, "dpo", (DPOConfig, stop))
     assert status_and_message(capsys, "dpo", *NEEDED) == (1, ["jaxdpo: stopped: step 3: loss nan"])

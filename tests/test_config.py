@@ -178,3 +178,20 @@ def test_a_key_that_is_no_text_is_unknown():
 def test_a_key_in_both_spellings_is_refused():
     with pytest.raises(InputError, match=r"run.yaml: key 'max-steps' is given twice; keep one"):
         from_mapping(DPOConfig, {"max_steps": 3, "max-steps": 4}, "run.yaml")
+
+
+def test_a_negated_flag_is_a_key_too():
+    assert from_mapping(DPOConfig, {"no_shuffle": True}, "f") == {"shuffle": False}
+    assert from_mapping(DPOConfig, {"no-shuffle": False}, "f") == {"shuffle": True}
+    with pytest.raises(InputError, match=r"f: no_shuffle is 'yes' \(str\); allowed: true or false"):
+        from_mapping(DPOConfig, {"no_shuffle": "yes"}, "f")
+    with pytest.raises(InputError, match="given twice"):
+        from_mapping(DPOConfig, {"no_shuffle": True, "shuffle": True}, "f")
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = DPOConfig(model="~/m", data="~/d.jsonl", output_dir="~/run")
+    assert (config.model, config.data, config.output_dir) == tuple(
+        f"/home/somebody/{name}" for name in ("m", "d.jsonl", "run")
+    )

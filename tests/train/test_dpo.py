@@ -19,6 +19,7 @@ from jaxdpo.data.tokenize import tokenize_dataset
 from jaxdpo.hf import load_tokenizer
 from jaxdpo.train.dpo import run_dpo
 from jaxdpo.train.run_dir import read_yaml
+from jaxdpo.types import RunStopped
 from tests import tiny
 
 ROW = [
@@ -325,14 +326,14 @@ def test_a_reference_that_differs_from_the_policy_stops_the_run(inputs, tmp_path
 
     monkeypatch.setattr(dpo, "dataset_logps", shifted)
     with pytest.raises(
-        RuntimeError, match=r"the loss of the first step is \S+; a policy equal to its reference has 0.6931"
+        RunStopped, match=r"the loss of the first step is \S+; a policy equal to its reference has 0.693"
     ):
         run_small(inputs, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def poisoned(inputs, tmp_path_factory):
-    """A model that cannot read the letter Z, and pairs of which the tenth holds one."""
+    """A model that cannot read the letter Z; the tenth usable pair, on line 11, holds one."""
     folder = tmp_path_factory.mktemp("poisoned")
     config = dataclasses.replace(tiny.WITH_TOKENIZER, tie_embeddings=False)
     (letter,) = load_tokenizer(inputs.model)("Z")["input_ids"]
@@ -341,7 +342,8 @@ def poisoned(inputs, tmp_path_factory):
         return {**params, "tokens": params["tokens"].at[letter].set(np.nan)}
 
     lines = tiny.write_pairs(folder / "pairs.jsonl", range(24)).read_text().splitlines(keepends=True)
-    lines[9] = lines[9].replace("fine", "Zen")
+    lines[2] = json.dumps({"prompt": "Is it?", "chosen": " yes", "rejected": " yes"}) + "\n"
+    lines[10] = lines[10].replace("fine", "Zen")
     (folder / "pairs.jsonl").write_text("".join(lines))
     return inputs._replace(model=tiny.write_model(folder / "model", config, edit=poison), data=folder / "pairs.jsonl")
 
@@ -353,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(poisoned, tmp_path, capsys):
     message = capsys.readouterr().err.splitlines()[-1]
     good = root / "checkpoints" / "2"
     assert message.startswith(
-        "jaxdpo: stopped: step 3: loss nan, gradient norm nan, not finite; examples (0-based, as kept) [9], lines [10] of "
+        "jaxdpo: stopped: step 3: loss nan, gradient norm nan, not finite; examples (0-based, as kept) [9], lines [11]"
     )
     assert f"last good: {good}; fix: look at these examples" in message
     assert [row["step"] for row in metrics(root)] == [1, 2]

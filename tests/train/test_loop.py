@@ -18,6 +18,7 @@ from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, check_f
 from jaxdpo.train.state import init_state
 from jaxdpo.train.step import METRICS, StepPrograms
 from jaxdpo.train.writer import MetricsWriter, read_metrics
+from jaxdpo.types import RunStopped
 from tests import tiny
 
 DATA = tiny.dataset(groups=6)
@@ -144,7 +145,7 @@ def test_a_first_step_that_is_not_finite_is_named_too(tmp_path):
 
 def test_the_first_loss_must_be_that_of_the_reference(tmp_path):
     with pytest.raises(
-        RuntimeError, match=r"the loss of the first step is 0\.700000; a policy equal to its reference has 0\.69"
+        RunStopped, match=r"the loss of the first step is 0\.700000; a policy equal to its reference has 0\.69"
     ):
         Result(tmp_path, programs([0.7]), total=1)
 
@@ -158,7 +159,7 @@ def test_tolerance_of_the_first_loss(dtype, tolerance):
     for sign in (-1, 1):
         check_first_loss(LN2 + sign * 0.9 * tolerance, objective(dtype))
         with pytest.raises(
-            RuntimeError, match=rf"within {tolerance:g} in {dtype}: policy and reference are not computed alike"
+            RunStopped, match=rf"within {tolerance:g} in {dtype}: policy and reference are not computed alike"
         ):
             check_first_loss(LN2 + sign * 1.1 * tolerance, objective(dtype))
 
