@@ -139,10 +139,11 @@ def _flags(verb: str, config: type, defaults: Mapping[str, Any]) -> type:
         help_text = "YAML file of options by name (--max-steps is max_steps); flags win over it"
         arg = tyro.conf.arg(help=help_text, metavar="FILE", help_behavior_hint="")
         groups["run"].append(("config", Annotated[Path | None, arg], None))
-    nested = [
-        (name, dataclasses.make_dataclass(name, sorted(entries, key=len)), dataclasses.field())
-        for name, entries in groups.items()
-    ]
+    nested = []
+    for name, entries in groups.items():
+        group = dataclasses.make_dataclass(name, sorted(entries, key=len))
+        # Without a help text tyro parses source files in search of one: slow, and not thread-safe in Python 3.11.
+        nested.append((name, Annotated[group, tyro.conf.arg(help="")], dataclasses.field()))
     return dataclasses.make_dataclass(verb, nested)
 
 
