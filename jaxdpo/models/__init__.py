@@ -156,14 +156,16 @@ def init_params(decoder: Decoder, key: jax.Array, mesh: jax.sharding.Mesh | None
 
 
 def _init(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
-    with nnx.use_eager_sharding(False):  # placement comes from jit's out_shardings
+    # Placement comes from jit's out_shardings; Flax would look the logical names up in a mesh that the caller has set.
+    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
 
 @functools.cache
 def _abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
     """The module's static graph, and the logical axes and shapes of its parameters as nested dicts."""
-    with nnx.use_eager_sharding(False):
+    # Flax would look the logical names up in a mesh that the caller has set.
+    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     axes = jax.tree.map(lambda p: tuple(p.out_sharding), state, is_leaf=lambda node: isinstance(node, nnx.Variable))
     shapes = jax.tree.map(lambda p: tuple(p.shape), nnx.to_pure_dict(state))

@@ -221,3 +221,13 @@ def test_refusals():
     decoder = tiny.decoder()
     with pytest.raises(InputError, match="length 65; allowed: up to the model's 64 positions"):
         decoder.logits(params_of(tiny.LLAMA), np.zeros((1, 65), np.int32))
+
+
+def test_parameters_can_be_made_inside_a_mesh():
+    """With a configuration that no other test has, so that nothing is cached."""
+    config = dataclasses.replace(tiny.LLAMA, vocab_size=72)
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        params = init_params(make_decoder(config), jax.random.key(0), mesh)
+    assert params["tokens"].shape == (72, config.embed_dim)
+    assert params["tokens"].sharding.mesh == mesh
