@@ -99,11 +99,6 @@ class TokenizedDataset:
         return max(len(group.completions) for group in self.groups)
 
     @property
-    def longest_path(self) -> int:
-        """Tokens of the longest path: what the model's positions must reach."""
-        return max(group.longest_path for group in self.groups)
-
-    @property
     def truncated_prompts(self) -> int:
         """Prompts that lost their beginning."""
         return sum(group.prompt_truncated for group in self.groups)

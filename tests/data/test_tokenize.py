@@ -172,7 +172,7 @@ def test_dataset_is_its_preferences_one_by_one(monkeypatch):
     assert len(dataset) == 10 and dataset.candidates == 3
     assert dataset.tokens.tolist() == [group.tokens for group in one_by_one]
     assert dataset.slots.tolist() == [group.slots for group in one_by_one]
-    assert dataset.longest_path == max(group.longest_path for group in one_by_one) == 12
+    assert max(group.longest_path for group in dataset.groups) == 12
 
 
 def test_dataset_counts_what_was_cut_and_names_what_was_dropped():

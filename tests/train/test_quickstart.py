@@ -91,6 +91,15 @@ def test_seed_and_length_are_passed_on(asked, tmp_path):
     assert [(config.seed, config.epochs, config.max_steps) for config in asked] == [(7, 1, None), (0, None, 3)]
 
 
+def test_data_that_is_not_its_own_stays_untouched(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "heldout.jsonl").write_text("mine")
+    with pytest.raises(InputError, match=r"heldout\.jsonl holds other data than the embedded pairs; fix: "):
+        quickstart.run_quickstart(quickstart.QuickstartConfig(model="m", output_dir=str(tmp_path)))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["heldout.jsonl"]
+    assert (tmp_path / "data" / "heldout.jsonl").read_text() == "mine"
+
+
 def test_a_directory_that_is_not_its_own_stays_untouched(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file is a file; allowed: a directory, new or this run's own"):
