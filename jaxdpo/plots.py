@@ -1,11 +1,12 @@
 """Every picture of jaxdpo, in one style."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 POLICY, OTHER, HELD_OUT = "#1f5fa8", "#c2542d", "#2b8a3e"
 """Colours: the quantity or its preferred side, the other side, held-out points."""
@@ -63,3 +64,75 @@ def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
                 axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
                 axes.set_ylim(bottom=0)
         figure.savefig(path, dpi=130)
+
+
+class LossCurve(NamedTuple):
+    """How one loss depends on a reward."""
+
+    axis: str
+    """What the reward is, for the axis."""
+    reward: Sequence[float]
+    """`[points]` rewards, or differences of two."""
+    losses: Mapping[str, Sequence[float]]
+    """Completion -> `[points]` loss; one of `SIDES`, or "" for both of them together."""
+    weights: Mapping[str, Sequence[float]]
+    """Completion -> `[points]` gradient weight: by how much the loss falls as the reward of a chosen completion rises,
+    or that of a rejected one falls."""
+
+
+SIDES: dict[str, dict[str, Any]] = {
+    "": {"color": "#333333"},
+    "chosen": {"color": POLICY},
+    "rejected": {"color": OTHER, "linestyle": (0, (4, 2))},
+}
+"""Completions, and how their lines look; dashes show a line on which they lie."""
+
+
+def save_loss_curves(curves: Mapping[str, LossCurve], path: Path, *, title: str, columns: int) -> None:
+    """Draws losses, each above the weights of its gradient, all on the same axes.
+
+    Args:
+      curves: by the name of the loss.
+      path: the PNG to write.
+      title: above the panels.
+      columns: how many losses stand side by side.
+    """
+    rows = -(-len(curves) // columns)
+    style = _STYLE | {"font.size": 8, "axes.titlesize": 10, "axes.labelsize": 8}
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=(2.35 * columns, 2.75 * rows + 0.8), layout="constrained")
+        figure.suptitle(title, fontsize=11)
+        panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.5, 1] * rows)
+        for place, (name, curve) in enumerate(curves.items()):
+            row, column = divmod(place, columns)
+            above, below = panels[2 * row : 2 * row + 2, column]
+            _draw_loss(above, curve, name)
+            _draw_weights(below, curve)
+            if column == 0:
+                above.set_ylabel("loss")
+                below.set_ylabel("weight")
+        for axes in panels.flat:
+            axes.set_visible(bool(axes.lines))  # the last row may not be full
+        labels = {"": "both", "chosen": "chosen, or labelled good", "rejected": "rejected, or labelled bad"}
+        handles = [Line2D([], [], **SIDES[side], label=label) for side, label in labels.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.savefig(path, dpi=110)
+
+
+def _draw_loss(axes: Any, curve: LossCurve, name: str) -> None:
+    for side, values in curve.losses.items():
+        axes.plot(curve.reward, values, **SIDES[side])
+    axes.set_title(name, fontweight="bold")
+    axes.set_xlim(curve.reward[0], curve.reward[-1])
+    axes.set_ylim(-1, 4.5)
+    axes.tick_params(labelbottom=False)
+
+
+def _draw_weights(axes: Any, curve: LossCurve) -> None:
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    for side, values in curve.weights.items():
+        axes.plot(curve.reward, values, **SIDES[side])
+    axes.set_xlabel(curve.axis)
+    axes.set_xlim(curve.reward[0], curve.reward[-1])
+    axes.set_ylim(-1.2, 2.3)
+    axes.set_yticks([-1, 0, 1, 2])

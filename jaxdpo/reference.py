@@ -5,14 +5,14 @@ for a reference forward. Log-probs are kept per token in float32, from the same 
 as the policy's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
-from jaxdpo.logprobs import sequence_logps, token_logps
+from jaxdpo.logprobs import sequence_logps, token_statistics
 from jaxdpo.models import Decoder
 from jaxdpo.sharding import place_batch
 from jaxdpo.types import Batch
@@ -27,18 +27,31 @@ class DatasetLogps(NamedTuple):
     """`[examples, candidates]` sums, nats, in the order of the example ids."""
     mask: np.ndarray
     """bool `[examples, candidates]` which candidates exist."""
+    statistics: dict[str, np.ndarray]
+    """`[examples, candidates]` sums of what the program was asked for besides."""
 
 
-LogpProgram = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
+LogpProgram = Callable[[dict, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def make_logp_program(decoder: Decoder) -> LogpProgram:
-    """The compiled forward pass `(params, batch) -> (tokens [rows, slots], sequences [rows, groups, candidates])`."""
+def make_logp_program(
+    decoder: Decoder, *, statistics: Sequence[str] = (), tail_weight: float | None = None
+) -> LogpProgram:
+    """The compiled forward pass `(params, batch) -> (tokens [rows, slots], sums)`.
+
+    Args:
+      decoder: the model.
+      statistics: names in `jaxdpo.logprobs.STATISTICS`.
+      tail_weight: as in `sequence_logps`.
+    Returns:
+      A function; its sums are `[rows, groups, candidates]` by name: `logps`, and the statistics.
+    """
 
     @jax.jit
-    def logps(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        tokens = token_logps(decoder, params, batch)  # [rows, slots]
-        return tokens, sequence_logps(tokens, batch)
+    def logps(params: dict, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        tokens, others = token_statistics(decoder, params, batch, statistics)  # [rows, slots]
+        sums = {name: sequence_logps(value, batch) for name, value in others.items()}
+        return tokens, {"logps": sequence_logps(tokens, batch, tail_weight=tail_weight), **sums}
 
     return logps
 
@@ -65,7 +78,7 @@ def dataset_logps(
       ValueError: if a group stands in two places.
     """
     tokens: dict[int, np.ndarray] = {}
-    sequences: dict[int, np.ndarray] = {}
+    sums: dict[int, dict[str, np.ndarray]] = {}
     mask: dict[int, np.ndarray] = {}
     with tqdm.tqdm(total=total, desc=label, unit="pair", leave=False, disable=None) as bar:
         for batch in batches:
@@ -76,13 +89,14 @@ def dataset_logps(
                 if example in tokens:
                     raise ValueError(f"example {example} stands in two places of the batches; allowed: one")
                 tokens[example] = per_token[row, batch.slot_owner[row] // candidates == group]
-                sequences[example] = per_sequence[row, group].astype(np.float64)
+                sums[example] = {name: of[row, group].astype(np.float64) for name, of in per_sequence.items()}
                 mask[example] = batch.candidate_mask[row, group]
             bar.update(int(batch.group_mask.sum()))
     ids = sorted(tokens)
     if not ids:
-        return DatasetLogps(tokens, np.zeros((0, 0)), np.zeros((0, 0), bool))
-    return DatasetLogps(tokens, np.stack([sequences[i] for i in ids]), np.stack([mask[i] for i in ids]))
+        return DatasetLogps(tokens, np.zeros((0, 0)), np.zeros((0, 0), bool), {})
+    by_name = {name: np.stack([sums[i][name] for i in ids]) for name in sums[ids[0]]}
+    return DatasetLogps(tokens, by_name.pop("logps"), np.stack([mask[i] for i in ids]), by_name)
 
 
 def slot_logps(logps: DatasetLogps, batch: Batch) -> np.ndarray:

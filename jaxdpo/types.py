@@ -35,12 +35,30 @@ class Preference:
       completions: at least one text, best first.
       source: the file it came from, for messages.
       line: its line in that file, from 1.
+      ranks: of each completion, not falling: 0 is best, equal values tie, `UNRANKED` is below the observed top k. None:
+        0, 1, 2 and so on.
+      label: whether a single completion is a good one; None where completions are compared.
     """
 
     prompt: str
     completions: tuple[str, ...]
     source: str
     line: int
+    ranks: tuple[int, ...] | None = None
+    label: bool | None = None
+
+    def __post_init__(self) -> None:
+        count, where = len(self.completions), f"{self.source}, line {self.line}"
+        if self.ranks is not None and (len(self.ranks) != count or list(self.ranks) != sorted(self.ranks)):
+            raise InputError(
+                f"{where}: ranks={self.ranks} of {count} completions; allowed: one for each, not falling; sort the "
+                "completions best first"
+            )
+        if self.label is not None and count != 1:
+            raise InputError(
+                f"{where}: label={self.label} of {count} completions; allowed: a label for a single completion; "
+                "make one preference of each, or drop the label"
+            )
 
 
 class Batch(NamedTuple):
@@ -68,6 +86,9 @@ class Batch(NamedTuple):
     """`[rows, groups, candidates]` 0 is best, equal values tie, `UNRANKED` is below the observed top k or absent."""
     example_id: Array
     """`[rows, groups]` index of the group in its dataset, -1 for an empty group."""
+    label: Array | None = None
+    """float32 `[rows, groups, candidates]` 1 for a good completion, 0 for a bad one (and where absent); None for data
+    that compares completions. A labelled group is a completion and, for KTO, one that belongs to another prompt."""
 
     @property
     def group_mask(self) -> Array:
@@ -89,6 +110,11 @@ def check_batch(batch: Batch) -> None:
     for name in ("positions", "group", "candidate"):
         if getattr(batch, name).shape != (rows, length):
             raise ValueError(f"Batch.{name} has shape {getattr(batch, name).shape}; allowed: {(rows, length)}")
+    label = np.zeros(batch.candidate_mask.shape, np.float32) if batch.label is None else batch.label
+    if label.shape != batch.candidate_mask.shape or label.dtype != np.float32:
+        raise ValueError(
+            f"Batch.label is {label.dtype} of shape {label.shape}; allowed: float32 {batch.candidate_mask.shape}"
+        )
     scored = batch.slot_owner < empty
     source = np.take_along_axis(batch.group, batch.slot_source, axis=1)
     owner_group = np.where(scored, batch.slot_owner // candidates + 1, 0)
@@ -109,3 +135,9 @@ def check_batch(batch: Batch) -> None:
     require(~mask | (last_group == expected_group), "candidate_last points outside its group")
     require((batch.example_id >= 0) == batch.group_mask, "example_id and candidate_mask disagree on which groups exist")
     require((batch.rank != UNRANKED) <= batch.candidate_mask, "an absent candidate has a rank")
+    require(batch.rank[..., 1:] >= batch.rank[..., :-1], "candidates do not stand best first")
+    require((label == 0) | (label == 1), "a label is neither 0 nor 1")
+    require((label == 0) | (np.arange(candidates) == 0), "a label is not that of a group's first candidate")
+    require((label == 0) | batch.candidate_mask, "an absent candidate has a label")
+    partners = batch.candidate_mask[..., 1:] & (batch.label is not None)
+    require(~partners | (batch.rank[..., 1:] == UNRANKED), "the partner of a labelled completion has a rank")

@@ -9,7 +9,8 @@ import typing
 import pytest
 
 from jaxdpo import cli
-from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig, flag
+from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.options import flag
 from jaxdpo.types import InputError, RunStopped
 from tests import tiny
 

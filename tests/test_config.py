@@ -6,7 +6,8 @@ import typing
 
 import pytest
 
-from jaxdpo.config import _RANGES, DPOConfig, ExportConfig, QuickstartConfig, flag, from_mapping
+from jaxdpo.config import _RANGES, Divergence, DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.options import flag, from_mapping
 from jaxdpo.types import InputError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "run"}
@@ -33,6 +34,17 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
     "beta": ([1e-9, 1e9], [0.0, -0.1, math.inf, math.nan]),
     "label_smoothing": ([0.0, 0.499], [-0.1, 0.5, 1.0, math.nan]),
+    "f_alpha_divergence_coef": ([-1.0, 2.0], [math.inf, math.nan]),
+    "ld_alpha": ([0.0, 1.0], [-0.1, 1.1, math.nan]),
+    "discopop_tau": ([1e-6], [0.0, -1.0, math.inf]),
+    "simpo_gamma": ([-1.0, 0.0, 2.0], [math.inf, math.nan]),
+    "alphapo_alpha": ([-1.0, 0.0, 2.0], [math.inf, math.nan]),
+    "cpo_alpha": ([0.0, 2.0], [-0.1, math.inf]),
+    "unlikelihood_alpha": ([0.0, 1.0], [-0.1, 1.1]),
+    "desirable_weight": ([0.0, 2.0], [-0.1, math.inf]),
+    "undesirable_weight": ([0.0, 2.0], [-0.1, math.inf]),
+    "ref_model_sync_steps": ([1], [0, -1]),
+    "ref_model_mixup_alpha": ([1e-3, 1.0], [0.0, 1.1, math.nan]),
     "learning_rate": ([1e-12, 1.0], [0.0, -1e-6, math.inf, math.nan]),
     "max_grad_norm": ([0.0, 10.0], [-1.0, math.inf, math.nan]),
 }
@@ -89,7 +101,7 @@ def test_the_defaults_are_the_contract():
         "epochs": None,
         "max_steps": None,
         "beta": 0.1,
-        "label_smoothing": 0.0,
+        "label_smoothing": None,
         "learning_rate": 1e-6,
         "warmup_steps": 150,
         "optimizer": "rmsprop",
@@ -133,9 +145,9 @@ def test_options_that_exclude_each_other(options, message):
         ("shuffle", "no", "--shuffle is 'no' (str); allowed: true or false"),
         ("model", 5, "--model is 5 (int); allowed: a text"),
         ("model", None, "--model is None (NoneType); allowed: a text"),
-        ("loss", "ipo", "--loss is 'ipo'; allowed: sigmoid"),
-        ("loss", ["sigmoid"], "--loss is ['sigmoid']; allowed: sigmoid"),
-        ("format", "csv", "--format is 'csv'; allowed: auto, pairs, hh"),
+        ("loss", ["sigmoid"], "--loss is ['sigmoid'] (list); allowed: a text"),
+        ("format", "csv", "--format is 'csv'; allowed: auto, pairs, hh, ranked, unpaired"),
+        ("f_divergence_type", "kl", "--f-divergence-type is 'kl'; allowed: " + ", ".join(typing.get_args(Divergence))),
         ("optimizer", "sgd", "--optimizer is 'sgd'; allowed: rmsprop, adamw"),
         ("dtype", "float16", "--dtype is 'float16'; allowed: float32, bfloat16"),
         ("resume", True, "--resume is True; allowed: auto, never, must"),
@@ -195,3 +207,33 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
     assert (config.model, config.data, config.output_dir) == tuple(
         f"/home/somebody/{name}" for name in ("m", "d.jsonl", "run")
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "sigmoyd"}, "--loss 'sigmoyd' is unknown; did you mean 'sigmoid'? Allowed: sigmoid, hinge"),
+        ({"loss": "sigmoid,,sft"}, "--loss '' is unknown"),
+        ({"loss": "sft,sft"}, "--loss sft,sft names an objective twice; name it once"),
+        (
+            {"loss": "sigmoid", "loss_weights": "1"},
+            "gives 1 weights for --loss sigmoid; allowed: one for each of several",
+        ),
+        ({"loss": "sigmoid,sft", "loss_weights": "1"}, "gives 1 weights for --loss sigmoid,sft"),
+        (
+            {"loss": "sigmoid,sft", "loss_weights": "1,a"},
+            "--loss-weights is '1,a'; allowed: numbers separated by commas",
+        ),
+        ({"loss": "sigmoid,sft", "loss_weights": "1,nan"}, "--loss-weights is '1,nan'; allowed: finite numbers"),
+    ],
+)
+def test_objectives_and_weights_are_checked(options, message):
+    with pytest.raises(InputError) as error:
+        dpo(**options)
+    assert message in str(error.value)
+
+
+def test_several_objectives_and_their_weights():
+    made = dpo(loss="sigmoid, sft", loss_weights="1,0.005")
+    assert made.losses == ("sigmoid", "sft") and made.weights == (1.0, 0.005)
+    assert dpo().losses == ("sigmoid",) and dpo().weights is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdpo.data.pipeline import all_batches
-from jaxdpo.logprobs import SLOT_CHUNK, sequence_logps, token_logps
+from jaxdpo.logprobs import SLOT_CHUNK, candidate_lengths, sequence_logps, token_logps, token_statistics
 from jaxdpo.models import Decoder
 from tests import tiny
 
@@ -129,3 +129,53 @@ def test_bfloat16_log_probs_are_summed_in_float32():
     batch = next(all_batches(data, tiny.layout(data)))
     logps = token_logps(decoder, tiny.params(decoder, seed=0), batch)
     assert logps.dtype == sequence_logps(logps, batch).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("float64", 1e-10)])
+def test_log_sum_of_squared_probabilities(dtype, tolerance):
+    """Against the softmax of ordinary logits; 0 in empty slots, and the log-probs are those without it."""
+    data = tiny.dataset(groups=5, candidates=(2, 3), seed=4)
+    with jax.enable_x64(dtype == "float64"):
+        decoder = tiny.decoder(compute_dtype=dtype)
+        params = tiny.params(decoder, dtype=dtype)
+        (batch,) = all_batches(data, tiny.layout(data, tokens=1024))
+        logps, statistics = token_statistics(decoder, params, batch, ("log_sum_sq_probs",))
+        np.testing.assert_array_equal(logps, token_logps(decoder, params, batch))
+        (squared,) = statistics.values()
+        seen = 0
+        for row, slot in np.argwhere(batch.slot_owner < batch.candidate_mask[0].size):
+            group = data.groups[batch.example_id[row, batch.slot_owner[row, slot] // data.candidates]]
+            completion = group.completions[batch.slot_owner[row, slot] % data.candidates]
+            index = int((batch.slot_owner[row, :slot] == batch.slot_owner[row, slot]).sum())
+            if index == 1:  # one token of each completion will do: a forward pass for each
+                path = np.concatenate([group.prompt, completion[:index]])[None]
+                probs = jax.nn.softmax(Decoder.logits(decoder, params, path)[0, -1])
+                np.testing.assert_allclose(squared[row, slot], jnp.log((probs**2).sum()), rtol=tolerance)
+                seen += 1
+        assert seen > 3
+        assert (squared[batch.slot_owner == batch.candidate_mask[0].size] == 0).all()
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.grad(_sum_of_squares)(params, decoder, batch)))
+
+
+def _sum_of_squares(params, decoder, batch):
+    return token_statistics(decoder, params, batch, ("log_sum_sq_probs",))[1]["log_sum_sq_probs"].sum()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_tokens_behind_the_shortest_completion_count_as_much_as_stated(alpha):
+    """However the groups are packed: a row for each would give the same."""
+    data = tiny.dataset(groups=7, candidates=(1, 4), seed=6)
+    rng = np.random.default_rng(0)
+    for batch in all_batches(data, tiny.layout(data)):
+        logps = -rng.random(batch.slot_owner.shape).astype(np.float32)
+        got = np.asarray(sequence_logps(logps, batch, tail_weight=alpha))
+        lengths = np.asarray(candidate_lengths(batch))
+        for row, group in np.argwhere(batch.group_mask):
+            completions = data.groups[batch.example_id[row, group]].completions
+            shortest = min(map(len, completions))
+            for candidate, completion in enumerate(completions):
+                own = logps[row, batch.slot_owner[row] == group * data.candidates + candidate]
+                assert lengths[row, group, candidate] == len(completion) == len(own)
+                expected = own[:shortest].sum() + alpha * own[shortest:].sum()
+                np.testing.assert_allclose(got[row, group, candidate], expected, rtol=1e-5)
+        np.testing.assert_array_equal(got[~batch.candidate_mask], 0)

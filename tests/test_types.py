@@ -1,6 +1,7 @@
 """The batch contract: what packing builds holds it, and every way to break it is named with its row."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -10,15 +11,27 @@ from jaxdpo.data.pipeline import microbatches
 from jaxdpo.types import PADDING, UNRANKED, Batch, InputError, Preference, check_batch
 from tests import tiny
 
+ROWS = 6
 
-@pytest.fixture(scope="module")
-def batch():
-    """Ragged groups, several in the first row; the last row is empty."""
-    data = tiny.dataset(groups=9, candidates=(1, 3))
-    layout = dataclasses.replace(tiny.layout(data, row_length=64), rows=6)
+
+def packed(data) -> Batch:
+    """Nine groups, several in the first row; the last row is empty."""
+    layout = dataclasses.replace(tiny.layout(data, row_length=64), rows=ROWS)
     (made,) = microbatches(data, range(9), layout)
     assert made.group_mask.sum(axis=1).tolist()[0] > 1 and not made.group_mask[-1].any()
     return made
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Ragged groups, best first."""
+    return packed(tiny.dataset(groups=9, candidates=(1, 3)))
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """Single completions with a label, some with a partner."""
+    return packed(tiny.dataset(groups=9, candidates=(1, 2), labelled=True))
 
 
 def broken(batch: Batch, field: str, where, value) -> Batch:
@@ -99,6 +112,26 @@ BREAKS = {
         lambda b: broken(b, "rank", (0, -1, -1), 0),
         "row 0: an absent candidate has a rank",
     ),
+    "ranks that fall": (
+        lambda b: broken(b, "rank", (0, ragged(b), 0), 2),
+        "row 0: candidates do not stand best first",
+    ),
+}
+LABEL_BREAKS = {
+    "half a label": (lambda b: broken(b, "label", (0, 0, 0), 0.5), "row 0: a label is neither 0 nor 1"),
+    "no number": (lambda b: broken(b, "label", (0, 0, 0), np.nan), "row 0: a label is neither 0 nor 1"),
+    "a partner with a label": (
+        lambda b: broken(b, "label", (0, ragged(b), 1), 1),
+        "row 0: a label is not that of a group's first candidate",
+    ),
+    "a label without a candidate": (
+        lambda b: broken(b, "label", (-1, 0, 0), 1),
+        f"row {ROWS - 1}: an absent candidate has a label",
+    ),
+    "a partner with a rank": (
+        lambda b: broken(b, "rank", (0, ragged(b), 1), 1),
+        "row 0: the partner of a labelled completion has a rank",
+    ),
 }
 
 
@@ -107,6 +140,32 @@ def test_a_broken_batch_is_named(batch, what):
     damage, message = BREAKS[what]
     with pytest.raises(ValueError, match=message):
         check_batch(damage(batch))
+
+
+def test_batches_with_ties_and_with_labels_hold_the_contract(labelled):
+    ranked = packed(tiny.dataset(groups=9, candidates=(1, 3), ranked=True))
+    check_batch(ranked)
+    check_batch(labelled)
+    assert labelled.label.max() == 1 and labelled.candidate_mask[..., 1].any()
+    present = np.where(ranked.candidate_mask, ranked.rank, -1)  # two alike, of ties or of a rest, in some group
+    assert ((present[..., 1:] == present[..., :-1]) & (present[..., 1:] >= 0)).any() and (present == UNRANKED).any()
+
+
+@pytest.mark.parametrize("what", LABEL_BREAKS)
+def test_a_broken_label_is_named(labelled, what):
+    damage, message = LABEL_BREAKS[what]
+    with pytest.raises(ValueError, match=message):
+        check_batch(damage(labelled))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda label: label[..., 0], lambda label: label.astype(bool), lambda label: label[:1]]
+)
+def test_labels_of_another_shape_or_type_are_named(labelled, change):
+    label = change(labelled.label)
+    message = f"Batch.label is {label.dtype} of shape {label.shape}; allowed: float32 {labelled.candidate_mask.shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_batch(labelled._replace(label=label))
 
 
 def test_the_row_that_is_broken_is_the_one_named(batch):
@@ -132,6 +191,17 @@ def test_a_preference_is_a_value():
     assert preference == Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7)
     with pytest.raises(dataclasses.FrozenInstanceError):
         preference.prompt = ""
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1, 2), (1, 0), (UNRANKED, 0)])
+def test_ranks_of_a_preference_are_one_each_and_do_not_fall(ranks):
+    with pytest.raises(InputError, match=r"^sums\.jsonl, line 7: ranks=\(.*\) of 2 completions; allowed: one for each"):
+        Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7, ranks=ranks)
+
+
+def test_a_label_belongs_to_a_single_completion():
+    with pytest.raises(InputError, match=r"^sums\.jsonl, line 7: label=True of 2 completions; allowed: a label for a"):
+        Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7, label=True)
 
 
 def test_bad_input_is_a_value_error():

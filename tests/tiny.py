@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from jaxdpo.data.packing import Layout
 from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup
 from jaxdpo.hf import save_hf
 from jaxdpo.models import Decoder, TransformerConfig, abstract_params, make_decoder
+from jaxdpo.types import UNRANKED
 
 LLAMA = TransformerConfig(
     model_type="llama",
@@ -65,9 +66,26 @@ def params(decoder: Decoder, mesh: jax.sharding.Mesh | None = None, *, seed: int
     return jax.tree.map(draw, abstract_params(decoder, mesh))
 
 
-def dataset(*, groups: int, candidates: tuple[int, int] = (2, 2), longest: int = 12, seed: int = 0) -> TokenizedDataset:
-    """Random trees: prompts of 1 to `longest` tokens, completions of 1 to `longest`, K between the two `candidates`."""
-    rng = np.random.default_rng(seed)
+def dataset(
+    *,
+    groups: int,
+    candidates: tuple[int, int] = (2, 2),
+    longest: int = 12,
+    seed: int = 0,
+    ranked: bool = False,
+    labelled: bool = False,
+) -> TokenizedDataset:
+    """Random trees: prompts of 1 to `longest` tokens, completions of 1 to `longest`, K between the two `candidates`.
+
+    Args:
+      groups: how many.
+      candidates: fewest and most of a group.
+      longest: tokens.
+      seed: of all that is random; ranks and labels do not change the trees.
+      ranked: the groups of two completions or more have ties and a rest below the observed top k.
+      labelled: completions are judged one by one: the first candidate has a label, the second one is its partner.
+    """
+    rng, judge = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     made = []
     for row in range(1, groups + 1):
         count = int(rng.integers(candidates[0], candidates[1], endpoint=True))
@@ -75,15 +93,24 @@ def dataset(*, groups: int, candidates: tuple[int, int] = (2, 2), longest: int =
         if row == 1:
             sizes[1:] = 1  # one-token completions: their only predictor is the prompt's last token
         prompt, *completions = (rng.integers(0, LLAMA.vocab_size, size).astype(np.int32) for size in sizes)
-        made.append(TokenizedGroup(prompt, tuple(completions), False, (False,) * count, "random", row))
+        ranks = random_ranks(judge, count) if ranked and count > 1 else None
+        label = bool(judge.integers(2)) if labelled else None
+        made.append(TokenizedGroup(prompt, tuple(completions), False, (False,) * count, "random", row, ranks, label))
     return of_groups(made)
+
+
+def random_ranks(rng: np.random.Generator, count: int) -> tuple[int, ...]:
+    """Ranks of `count` candidates with ties and, half of the time, a rest that is not ranked; never all alike."""
+    steps = rng.integers(2, size=count - 1)
+    steps[rng.integers(count - 1)] = 1
+    ranks = np.concatenate([[0], np.cumsum(steps)])
+    top = int(rng.integers(1, ranks[-1], endpoint=True)) if rng.integers(2) else count  # ranks below are observed
+    return tuple(int(rank) if rank < top else UNRANKED for rank in ranks)
 
 
 def of_groups(groups: list[TokenizedGroup]) -> TokenizedDataset:
     """A dataset of these groups in this order."""
-    tokens = np.array([group.tokens for group in groups], np.int32)
-    slots = np.array([group.slots for group in groups], np.int32)
-    return TokenizedDataset(groups, tokens, slots, ())
+    return TokenizedDataset.of(groups)
 
 
 def layout(
@@ -121,5 +148,32 @@ def write_pairs(path: Path, numbers: range) -> Path:
     records = (
         {"prompt": f"Is {n} fine?", "chosen": " yes" * (1 + n % 3), "rejected": " no" * (1 + n % 4)} for n in numbers
     )
+    return write_records(path, records)
+
+
+def write_ranked(path: Path, numbers: range, *, ties: bool = False) -> Path:
+    """A `ranked` file of one ranking of two to four short completions for each number; `ties`: most are not strict."""
+    words = (" yes", " maybe", " hardly", " no")
+
+    def record(n: int) -> dict:
+        count = 2 + n % 3
+        made = {"prompt": f"Is {n} fine?", "completions": [word * (1 + n % 2) for word in words[:count]]}
+        ranks = {2: [0, None], 3: [0, 0, 1], 4: [0, 1, 1, None]}[count]  # a top 1 of two is the whole order
+        return {**made, "ranks": ranks} if ties else made
+
+    return write_records(path, map(record, numbers))
+
+
+def write_unpaired(path: Path, numbers: range) -> Path:
+    """An `unpaired` file of one short judged completion for each number, good ones and bad ones by turns."""
+    records = (
+        {"prompt": f"Is {n} fine?", "completion": (" no", " yes")[n % 2] * (1 + n % 3), "label": n % 2 == 1}
+        for n in numbers
+    )
+    return write_records(path, records)
+
+
+def write_records(path: Path, records: Iterable[dict]) -> Path:
+    """A file of JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path

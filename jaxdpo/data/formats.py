@@ -1,20 +1,20 @@
 r"""From one record of a data file to a prompt and its completions, best first.
 
-A format is a function `record -> (prompt, completions)` and a line in `FORMATS`. It raises `InputError` where the
-record breaks the format, and `Unusable` where the record is well formed but holds no preference; the caller adds file
-and line. Fields that a format does not read are ignored.
+A format is a function `record -> Content` and a line in `FORMATS`. It raises `InputError` where the record breaks the
+format, and `Unusable` where the record is well formed but holds no preference; the caller adds file and line. Fields
+that a format does not read are ignored.
 
 >>> preference_of({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}, pairs, source="sums.jsonl", line=7)
-Preference(prompt='2+2=', completions=(' 4', ' 5'), source='sums.jsonl', line=7)
+Preference(prompt='2+2=', completions=(' 4', ' 5'), source='sums.jsonl', line=7, ranks=None, label=None)
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from jaxdpo.types import InputError, Preference
-
-Record = Mapping[str, Any]
-Format = Callable[[Record], tuple[str, tuple[str, ...]]]
+from jaxdpo.data import fields
+from jaxdpo.data.fields import Record
+from jaxdpo.types import UNRANKED, InputError, Preference
 
 ASSISTANT = "\n\nAssistant:"
 """What opens each of the assistant's turns in Anthropic's HH transcripts."""
@@ -24,61 +24,134 @@ class Unusable(Exception):
     """A well-formed record that no preference can be made from; the message is the reason it is dropped for."""
 
 
-def pairs(record: Record) -> tuple[str, tuple[str, ...]]:
+class Content(NamedTuple):
+    """What a record says; the fields are those of `Preference`."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    ranks: tuple[int, ...] | None = None
+    label: bool | None = None
+
+
+Format = Callable[[Record], Content]
+
+
+def pairs(record: Record) -> Content:
     """A prompt and two completions; only the prompt may be empty.
 
     Example:
       >>> pairs({"prompt": "2+2=", "chosen": " 4", "rejected": " 5", "topic": "sums"})
-      ('2+2=', (' 4', ' 5'))
+      Content(prompt='2+2=', completions=(' 4', ' 5'), ranks=None, label=None)
     """
-    prompt = _text(record, "prompt", may_be_empty=True)
-    return prompt, (_text(record, "chosen"), _text(record, "rejected"))
+    prompt = fields.text(record, "prompt", may_be_empty=True)
+    return Content(prompt, (fields.text(record, "chosen"), fields.text(record, "rejected")))
 
 
-def hh(record: Record) -> tuple[str, tuple[str, ...]]:
+def hh(record: Record) -> Content:
     r"""Two whole transcripts of Anthropic's HH-RLHF, split at the last turn of the assistant.
 
     The prompt ends with that turn's marker; the completion keeps its leading space.
 
     Example:
-      >>> hh({
+      >>> content = hh({
       ...     "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: Well!",
       ...     "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: Go away.",
       ... })
-      ('\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:', (' Well!', ' Go away.'))
+      >>> content.prompt
+      '\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:'
+      >>> content.completions
+      (' Well!', ' Go away.')
     """
     (prompt, chosen), (rejected_prompt, rejected) = _split(record, "chosen"), _split(record, "rejected")
     if prompt != rejected_prompt:
         raise Unusable("chosen and rejected have different prompts")
-    return prompt, (chosen, rejected)
+    return Content(prompt, (chosen, rejected))
+
+
+def ranked(record: Record) -> Content:
+    """A prompt and two completions or more: best first, or in any order with `ranks` or `scores`.
+
+    `ranks` are whole numbers, lower is better, equal ones tie, and null is below the observed top k. `scores` are
+    numbers, higher is better, equal ones tie. A field that is left out says nothing; both together are an error.
+
+    Example:
+      >>> ranked({"prompt": "2+2=", "completions": [" 4", " 5", " 22"]})
+      Content(prompt='2+2=', completions=(' 4', ' 5', ' 22'), ranks=None, label=None)
+      >>> ranked({"prompt": "2+2=", "completions": [" 5", " 4", " 22"], "scores": [0.5, 1, -3]})
+      Content(prompt='2+2=', completions=(' 4', ' 5', ' 22'), ranks=None, label=None)
+      >>> ranked({"prompt": "2+2=", "completions": [" 5", " 4", " four", " 22"], "ranks": [2, 1, 1, 3]})
+      Content(prompt='2+2=', completions=(' 4', ' four', ' 5', ' 22'), ranks=(0, 0, 1, 2), label=None)
+      >>> ranked({"prompt": "2+2=", "completions": [" 5", " 4", " 22"], "ranks": [None, 1, None]}).ranks
+      (0, 2147483647, 2147483647)
+    """
+    prompt = fields.text(record, "prompt", may_be_empty=True)
+    completions = fields.texts(record, "completions", at_least=2)
+    keys = _sort_keys(record, len(completions))
+    if keys is None:
+        return Content(prompt, completions)
+    levels = sorted(set(keys))
+    if len(levels) == 1:
+        raise Unusable("no completion is ranked" if levels == [math.inf] else "all completions tie")
+    dense = {key: UNRANKED if key == math.inf else rank for rank, key in enumerate(levels)}
+    order = sorted(range(len(keys)), key=keys.__getitem__)  # tied completions stay as they stand
+    ranks = tuple(dense[keys[i]] for i in order)
+    strict = ranks == tuple(range(len(ranks)))
+    return Content(prompt, tuple(completions[i] for i in order), None if strict else ranks)
+
+
+def unpaired(record: Record) -> Content:
+    """A prompt and one completion that is good (`true`) or bad (`false`).
+
+    Example:
+      >>> unpaired({"prompt": "2+2=", "completion": " 5", "label": False})
+      Content(prompt='2+2=', completions=(' 5',), ranks=None, label=False)
+    """
+    prompt = fields.text(record, "prompt", may_be_empty=True)
+    return Content(prompt, (fields.text(record, "completion"),), label=fields.boolean(record, "label"))
 
 
 FORMATS: dict[str, Format] = {
     "pairs": pairs,
     "hh": hh,
+    "ranked": ranked,
+    "unpaired": unpaired,
 }
+
+DETECTED_BY: dict[str, tuple[str, ...]] = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "ranked": ("prompt", "completions"),
+    "unpaired": ("prompt", "completion", "label"),
+}
+"""Fields that a record must have to be taken for one of a format; `hh` is what else has two transcripts."""
 
 
 def detect_format(record: Record) -> str:
-    r"""Name in `FORMATS` of the format that the first record of a file is in.
+    r"""Name in `FORMATS` of the format that the first record of a file is in: the one whose fields it has.
 
     Raises:
-      InputError: if it is in none of them; the message lists the formats and the record's fields.
+      InputError: if it is in none of them, or in two; the message lists the formats and the record's fields.
     Example:
       >>> detect_format({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"})
       'pairs'
       >>> detect_format({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."})
       'hh'
+      >>> detect_format({"prompt": "2+2=", "completions": [" 4", " 5", " 22"]})
+      'ranked'
+      >>> detect_format({"prompt": "2+2=", "completion": " 5", "label": False})
+      'unpaired'
     """
-    if "prompt" in record:
-        return "pairs"
+    fits = [name for name, needed in DETECTED_BY.items() if record.keys() >= set(needed)]
     transcripts = [record.get("chosen"), record.get("rejected")]
-    if all(isinstance(text, str) and ASSISTANT in text for text in transcripts):
+    if not fits and all(isinstance(text, str) and ASSISTANT in text for text in transcripts):
         return "hh"
-    raise InputError(
-        f"no format fits a record with the fields {sorted(record)}; allowed: 'pairs' (prompt, chosen, rejected) "
-        f"and 'hh' (chosen, rejected: transcripts that hold {ASSISTANT!r}); rename the fields to fit one"
-    )
+    if len(fits) == 1:
+        return fits[0]
+    formats = [f"{name!r} ({', '.join(needed)})" for name, needed in DETECTED_BY.items()]
+    formats.insert(1, f"'hh' (chosen, rejected: transcripts that hold {ASSISTANT!r})")
+    got = f"a record with the fields {sorted(record)}; allowed: one of {', '.join(formats)}"
+    if fits:
+        raise InputError(f"{len(fits)} formats fit {got}; say which, in place of 'auto'")
+    raise InputError(f"no format fits {got}; rename the fields to fit one")
 
 
 def preference_of(record: Record, convert: Format, *, source: str, line: int) -> Preference:
@@ -94,14 +167,14 @@ def preference_of(record: Record, convert: Format, *, source: str, line: int) ->
       Unusable: if a completion is blank, two completions are equal, or the format finds no preference in the record.
     """
     try:
-        prompt, completions = convert(record)
+        content = convert(record)
     except InputError as error:
         raise InputError(f"{source}, line {line}: {error}") from None
-    if not all(completion.strip() for completion in completions):
+    if not all(completion.strip() for completion in content.completions):
         raise Unusable("a completion is empty")
-    if len(set(completions)) < len(completions):
+    if len(set(content.completions)) < len(content.completions):
         raise Unusable("two completions are equal")
-    return Preference(prompt, completions, source, line)
+    return Preference(content.prompt, content.completions, source, line, content.ranks, content.label)
 
 
 def describe_dropped(dropped: Sequence[tuple[int, str]], *, limit: int = 10) -> str:
@@ -118,32 +191,9 @@ def describe_dropped(dropped: Sequence[tuple[int, str]], *, limit: int = 10) -> 
     return f"dropped {len(dropped)}{': ' if named else ''}{named}{more}"
 
 
-def _text(record: Record, field: str, *, may_be_empty: bool = False) -> str:
-    """The string in a field of the record, or the error that says why there is none."""
-    allowed = "a string" if may_be_empty else "a string that is not empty"
-    if field not in record:
-        raise InputError(f"field {field!r} is missing; got the fields {sorted(record)}; allowed: {allowed}; add it")
-    text = record[field]
-    if not isinstance(text, str):
-        raise InputError(
-            f"field {field!r} is {_kind(text)}; allowed: {allowed}; write it as text, "
-            "messages as the model's chat template renders them (tokenizer.apply_chat_template)"
-        )
-    if not text and not may_be_empty:
-        raise InputError(f"field {field!r} is ''; allowed: {allowed}; fill it or delete the line")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise InputError(
-            f"field {field!r} holds {text[error.start]!a}, half of a surrogate pair, at character {error.start}; "
-            "allowed: text that can be written as UTF-8; delete the character"
-        ) from None
-    return text
-
-
 def _split(record: Record, field: str) -> tuple[str, str]:
     """The transcript in a field, cut behind its last `ASSISTANT`."""
-    before, marker, completion = _text(record, field).rpartition(ASSISTANT)
+    before, marker, completion = fields.text(record, field).rpartition(ASSISTANT)
     if not marker:
         raise InputError(
             f"field {field!r} holds no {ASSISTANT!r}; allowed: a transcript in which the assistant speaks last; "
@@ -152,13 +202,15 @@ def _split(record: Record, field: str) -> tuple[str, str]:
     return before + marker, completion
 
 
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
+def _sort_keys(record: Record, count: int) -> list[float] | None:
+    """By what the completions are sorted, lowest first, infinity if not ranked; None: they stand best first."""
+    if "ranks" in record and "scores" in record:
+        raise InputError(
+            "the record has both fields 'ranks' and 'scores'; allowed: one of them, or neither where the completions "
+            "stand best first; delete one"
+        )
+    if "ranks" in record:
+        return [math.inf if rank is None else rank for rank in fields.ranks(record, "ranks", count)]
+    if "scores" in record:
+        return [-score for score in fields.scores(record, "scores", count)]
+    return None

@@ -67,6 +67,8 @@ class Segments(NamedTuple):
     """Position of its first token in the path: 0 for a prompt, else the prompt's size."""
     anchor: np.ndarray
     """Row index of the prompt's last token, which predicts the first token of every candidate."""
+    rank: np.ndarray
+    """`UNRANKED` for a prompt."""
 
 
 def pack(tokens: Sequence[int], slots: Sequence[int], capacity: Capacity) -> list[list[int]]:
@@ -161,8 +163,9 @@ def build_batch(
         slot_owner=per_slot(owner[of_slot], empty=max_groups * candidates),
         candidate_last=per_candidate(segments.start + segments.size - 1, absent=0),
         candidate_mask=per_candidate(np.ones_like(owner), absent=0).astype(bool),
-        rank=per_candidate(segments.candidate - 1, absent=UNRANKED),
+        rank=per_candidate(segments.rank, absent=UNRANKED),
         example_id=example_id,
+        label=_labels(groups, rows, layout) if groups and groups[0].label is not None else None,
     )
 
 
@@ -175,12 +178,21 @@ def _segments(groups: Sequence[TokenizedGroup], rows: Sequence[Sequence[int]]) -
         for number, group in enumerate((groups[i] for i in members), start=1):
             prompt = len(group.prompt)
             anchor = start + prompt - 1
-            for candidate, part in enumerate((group.prompt, *group.completions)):
-                table.append((row, number, candidate, start, len(part), prompt if candidate else 0, anchor))
+            parts = zip((group.prompt, *group.completions), (UNRANKED, *group.candidate_ranks), strict=True)
+            for candidate, (part, rank) in enumerate(parts):
+                table.append((row, number, candidate, start, len(part), prompt if candidate else 0, anchor, rank))
                 ids.append(part)
                 start += len(part)
     columns = np.array(table, np.int64).reshape(-1, len(Segments._fields))
     return Segments(*columns.T), np.concatenate(ids)
+
+
+def _labels(groups: Sequence[TokenizedGroup], rows: Sequence[Sequence[int]], layout: Layout) -> np.ndarray:
+    """`Batch.label` of labelled groups: that of the first completion; a partner behind it has none of its own."""
+    label = np.zeros((layout.rows, layout.capacity.groups, layout.capacity.candidates), np.float32)
+    for row, members in enumerate(rows):
+        label[row, : len(members), 0] = [bool(groups[group].label) for group in members]
+    return label
 
 
 def _check_fits(segments: Segments, slots_of_row: np.ndarray, rows: int, layout: Layout) -> None:

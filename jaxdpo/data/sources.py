@@ -38,8 +38,10 @@ class LoadedPreferences:
     digest: str
 
     def summary(self) -> str:
-        """One line: how many preferences, from where, and which lines were dropped."""
-        return f"{self.path}: {len(self.preferences)} preferences ({self.format}), {describe_dropped(self.dropped)}"
+        """One line: how many preferences or judged completions, from where, and which lines were dropped."""
+        labels = [preference.label for preference in self.preferences if preference.label is not None]
+        what, good = ("completions", f", {sum(labels)} of them good") if labels else ("preferences", "")
+        return f"{self.path}: {len(self.preferences)} {what} ({self.format}){good}, {describe_dropped(self.dropped)}"
 
 
 def load_preferences(path: str | pathlib.Path, format: str = "auto") -> LoadedPreferences:
@@ -69,7 +71,7 @@ def load_preferences(path: str | pathlib.Path, format: str = "auto") -> LoadedPr
     if not preferences:
         raise InputError(
             f"{source}: none of its {len(dropped)} records is usable, {describe_dropped(dropped)}; "
-            "allowed: at least one prompt with two different completions; correct the file"
+            "allowed: at least one prompt with two different completions, or with one and its label; correct the file"
         )
     return LoadedPreferences(preferences, format, tuple(dropped), source, file_digest(path))
 

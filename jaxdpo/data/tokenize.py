@@ -14,28 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxdpo.data.encoding import EncodingFacts, encode, encoding_facts
 from jaxdpo.data.formats import Unusable, describe_dropped
-from jaxdpo.types import InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Preference
 
 CHUNK = 1024
 """Preferences per call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar."""
-PROBES = ("a", "0", "Hello world")
-"""Texts that show what a tokenizer adds to a text; the first that has a token of its own is used."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodingFacts:
-    """What a tokenizer does around a text.
-
-    Attributes:
-      prefix: ids it puts before every text: BOS for Llama 3, none for SmolLM2 and GPT-2.
-      eos: id that ends a completion.
-      empty_prompt: ids that stand for a prompt without tokens, because the first completion token needs a predictor.
-    """
-
-    prefix: tuple[int, ...]
-    eos: int
-    empty_prompt: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +33,8 @@ class TokenizedGroup:
       completions_truncated: which completions lost their end.
       source: the file it came from, for messages.
       line: its line in that file, from 1.
+      ranks: as `Preference.ranks`.
+      label: as `Preference.label`.
     """
 
     prompt: np.ndarray
@@ -57,6 +43,16 @@ class TokenizedGroup:
     completions_truncated: tuple[bool, ...]
     source: str
     line: int
+    ranks: tuple[int, ...] | None = None
+    label: bool | None = None
+
+    @property
+    def candidate_ranks(self) -> tuple[int, ...]:
+        """`Batch.rank` of each completion. Behind a labelled one stands at most its partner, which is not ranked."""
+        if self.ranks is not None:
+            return self.ranks
+        places = range(len(self.completions))
+        return tuple(places) if self.label is None else tuple(place and UNRANKED for place in places)
 
     @property
     def slots(self) -> int:
@@ -90,13 +86,35 @@ class TokenizedDataset:
     slots: np.ndarray
     dropped: tuple[tuple[int, str], ...]
 
+    @classmethod
+    def of(cls, groups: list[TokenizedGroup], dropped: Sequence[tuple[int, str]] = ()) -> "TokenizedDataset":
+        """The dataset of these groups, counted."""
+        tokens = np.array([group.tokens for group in groups], np.int32)
+        slots = np.array([group.slots for group in groups], np.int32)
+        return cls(groups, tokens, slots, tuple(dropped))
+
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether completions are judged one by one; otherwise they are compared."""
+        return self.groups[0].label is not None
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether any group has completions that tie or are not ranked."""
+        return any(group.ranks is not None for group in self.groups)
 
     @property
     def candidates(self) -> int:
         """Completions of the group that has most."""
         return max(len(group.completions) for group in self.groups)
+
+    @property
+    def fewest_candidates(self) -> int:
+        """Completions of the group that has fewest."""
+        return min(len(group.completions) for group in self.groups)
 
     @property
     def truncated_prompts(self) -> int:
@@ -117,30 +135,6 @@ class TokenizedDataset:
         )
 
 
-def encoding_facts(tokenizer: Any) -> EncodingFacts:
-    """Asks a tokenizer what it puts before a text, by encoding one with and without its special tokens.
-
-    Raises:
-      InputError: if the tokenizer has no EOS token, or changes the text's own ids when it adds special tokens.
-    """
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no EOS token, so no completion can be given an end; "
-            "allowed: a tokenizer with an EOS token; set eos_token in its tokenizer_config.json"
-        )
-    eos = int(tokenizer.eos_token_id)
-    plain, whole = _probe(tokenizer)
-    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    if not plain or not starts:
-        raise InputError(
-            f"the tokenizer encodes {PROBES[-1]!r} as {plain} alone and as {whole} with its special tokens; "
-            "allowed: the same ids with others before or behind them; use the tokenizer that the model was trained with"
-        )
-    prefix = tuple(whole[: starts[0]])
-    bos = tokenizer.bos_token_id
-    return EncodingFacts(prefix, eos, prefix or (eos if bos is None else int(bos),))
-
-
 def tokenize_preference(preference: Preference, tokenizer: Any, max_length: int) -> TokenizedGroup:
     """Ids of one preference; `tokenize_dataset` does the same for many, faster.
 
@@ -156,7 +150,7 @@ def tokenize_preference(preference: Preference, tokenizer: Any, max_length: int)
     """
     facts = encoding_facts(tokenizer)
     _check_max_length(max_length, facts)
-    prompt, *completions = _encode(tokenizer, [preference.prompt, *preference.completions])
+    prompt, *completions = encode(tokenizer, [preference.prompt, *preference.completions])
     return _group(preference, prompt, completions, facts, max_length)
 
 
@@ -175,15 +169,16 @@ def tokenize_dataset(
       max_length: tokens that a prompt and any one completion may have together.
       progress: called with the number of preferences done since its last call, as `tqdm.update` wants it.
     Raises:
-      InputError: as `tokenize_preference`, and if no preference is usable.
+      InputError: as `tokenize_preference`, if no preference is usable, and if some have a label and others none.
     """
     facts = encoding_facts(tokenizer)
     _check_max_length(max_length, facts)
+    _check_one_kind(preferences)
     groups: list[TokenizedGroup] = []
     dropped: list[tuple[int, str]] = []
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
-        ids = iter(_encode(tokenizer, [text for item in chunk for text in (item.prompt, *item.completions)]))
+        ids = iter(encode(tokenizer, [text for item in chunk for text in (item.prompt, *item.completions)]))
         for item in chunk:
             prompt, *completions = (next(ids) for _ in range(1 + len(item.completions)))
             try:
@@ -197,9 +192,7 @@ def tokenize_dataset(
             f"none of {len(preferences)} preferences is usable after tokenisation, {describe_dropped(dropped)}; "
             f"allowed: at least one; raise max_length={max_length} or correct the data"
         )
-    tokens = np.array([group.tokens for group in groups], np.int32)
-    slots = np.array([group.slots for group in groups], np.int32)
-    return TokenizedDataset(groups, tokens, slots, tuple(dropped))
+    return TokenizedDataset.of(groups, dropped)
 
 
 def _group(
@@ -226,25 +219,21 @@ def _group(
         completions_truncated=tuple(len(ids) > completion_limit for ids in ended),
         source=preference.source,
         line=preference.line,
+        ranks=preference.ranks,
+        label=preference.label,
     )
+
+
+def _check_one_kind(preferences: Sequence[Preference]) -> None:
+    for item in preferences:
+        if (item.label is None) != (preferences[0].label is None):
+            raise InputError(
+                f"{item.source}, line {item.line}: label is {item.label}, but {preferences[0].label} in the first of "
+                "these preferences; allowed: true or false in all of them, or None in all; make two datasets"
+            )
 
 
 def _check_max_length(max_length: int, facts: EncodingFacts) -> None:
     smallest = 2 * max(1, len(facts.prefix))  # half of it must hold the prefix, or one token of the prompt
     if max_length < smallest:
         raise InputError(f"max_length={max_length} cannot hold a prompt and a completion; allowed: at least {smallest}")
-
-
-def _probe(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of a text without and with the tokenizer's special tokens."""
-    for text in PROBES:
-        plain, whole = _encode(tokenizer, [text])[0], list(tokenizer(text)["input_ids"])
-        if plain:
-            break
-    return plain, whole
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of texts, nothing added and nothing cut; `verbose=False` silences the warning about long texts."""
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]

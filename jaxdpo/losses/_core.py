@@ -7,6 +7,7 @@ https://docs.jax.dev/en/latest/faq.html#gradients-contain-nan-where-using-where.
 """
 
 import contextlib
+import math
 import numbers
 from collections.abc import Callable, Iterator
 
@@ -76,3 +77,33 @@ def option(name: str, value: ArrayLike, allowed: str, holds: Callable[[float], b
     with explain(f"{name} has shape {scalar.shape}; allowed: a scalar; use jax.vmap for several values"):
         chex.assert_rank(scalar, 0)
     return scalar
+
+
+def beta_option(beta: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """The strength of the KL penalty, see `option`."""
+    return option("beta", beta, "above 0, such as 0.1", lambda b: 0 < b < math.inf, dtype)
+
+
+def smoothing_option(label_smoothing: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """The probability that a label is flipped, see `option`."""
+    return option("label_smoothing", label_smoothing, "0 to below 0.5, such as 0.1", lambda e: 0 <= e < 0.5, dtype)
+
+
+def check_pair(array: jax.Array) -> None:
+    """Raises InputError where the last axis does not hold two candidates."""
+    with explain(
+        f"{array.shape[-1]} candidates on the last axis of shape {array.shape}; allowed: 2, chosen then rejected; "
+        "for rankings use the Plackett-Luce losses"
+    ):
+        chex.assert_axis_dimension(array, -1, 2)
+
+
+def best_candidate(exists: jax.Array) -> jax.Array:
+    """bool `[..., candidates]`: the first candidate of each group that exists."""
+    return exists & (jnp.cumsum(exists, axis=-1) == 1)
+
+
+def given_targets(targets: ArrayLike, where: ArrayLike | None, like: jax.Array) -> jax.Array:
+    """A target distribution `[..., candidates]` in the dtype of `like`, 0 where a candidate does not count."""
+    (_, targets), _ = candidate_arrays(where, 2, policy_logps=like, targets=targets)
+    return targets.astype(like.dtype)

@@ -1,8 +1,8 @@
 """Orbax checkpoints that survive a kill at any moment and say so when a disk has changed them.
 
-A checkpoint is `STEP/params`, `STEP/opt_state` and `STEP/meta` (step, configuration, model, digests). Orbax commits a
-step by renaming it, so a save that was cut short is never the latest. It does not notice a flipped byte, so `meta`
-holds a CRC-32 of every array, verified when it is read back.
+A checkpoint is `STEP/params`, `STEP/opt_state`, whatever else the state holds, and `STEP/meta` (step, configuration,
+model, digests). Orbax commits a step by renaming it, so a save that was cut short is never the latest. It does not
+notice a flipped byte, so `meta` holds a CRC-32 of every array, verified when it is read back.
 """
 
 import json
@@ -48,16 +48,11 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Starts to write the state in the background; returns once it is copied, so the state may be donated."""
         self.wait()
-        digests = {"params": tree_digests(state.params), "opt_state": tree_digests(state.opt_state)}
+        trees = _trees(state)
+        digests = {name: tree_digests(tree) for name, tree in trees.items()}
         step = int(state.step)
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step,
-            {
-                "params": state.params,
-                "opt_state": state.opt_state,
-                "meta": _sealed(json.dumps({**self.meta, "step": step, "digests": digests})),
-            },
-        )
+        meta = _sealed(json.dumps({**self.meta, "step": step, "digests": digests}))
+        self._pending = self._checkpointer.save_checkpointables_async(step, {**trees, "meta": meta})
 
     def wait(self) -> None:
         """Blocks until the last save is complete on disk; raises what went wrong with it."""
@@ -73,9 +68,8 @@ class Checkpoints:
         """
         path = self.directory / str(self.latest_step)
         meta = read_meta(path)
-        trees = _load(path, {"params": like.params, "opt_state": like.opt_state}, meta)
-        step = jax.device_put(np.int32(meta["step"]), like.step.sharding)
-        return TrainState(step, trees["params"], trees["opt_state"])
+        trees = _load(path, _trees(like), meta)
+        return like._replace(step=jax.device_put(np.int32(meta["step"]), like.step.sharding), **trees)
 
     def close(self) -> None:
         """Waits for the last save and releases the directory."""
@@ -115,6 +109,11 @@ def tree_digests(tree: Any) -> dict[str, int]:
     """CRC-32 of every array of a pytree (4 GB/s), keyed by its path, dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path, leaf): _crc32(leaf) for path, leaf in leaves}
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state besides its step, by field: `params`, `opt_state`, and what is not None."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
 def _name(path: jax.tree_util.KeyPath, leaf: Any) -> str:

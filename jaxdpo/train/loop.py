@@ -5,21 +5,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from jaxdpo.losses import LossSpec
-from jaxdpo.reference import DatasetLogps, slot_logps
+from jaxdpo.reference import DatasetLogps, LogpProgram, slot_logps
 from jaxdpo.sharding import place_batch
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.evaluation import Evaluation
-from jaxdpo.train.state import TrainState
-from jaxdpo.train.step import METRICS, Microbatch, StepPrograms, run_step, shortest
+from jaxdpo.train.objective import Sums, group_data, group_losses, step_counts
+from jaxdpo.train.state import TrainState, move_reference
+from jaxdpo.train.step import Microbatch, StepPrograms, run_step, shortest
 from jaxdpo.train.writer import MetricsWriter
 from jaxdpo.types import Batch, RunStopped
 
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""How far the first loss may be from that of a policy equal to its reference (ln 2 for DPO), by compute dtype."""
+"""How far the first loss may be from that of a policy equal to its reference (ln 2 for DPO), by compute dtype; in
+relation to it where it is above 1."""
+
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
+"""Metrics that the progress bar shows."""
 
 
 class Schedule(NamedTuple):
@@ -31,15 +38,33 @@ class Schedule(NamedTuple):
     learning_rate: Callable[[int], Any]
 
 
+class MovingReference(NamedTuple):
+    """A reference that follows the policy, and so is evaluated at every step."""
+
+    program: LogpProgram
+    sync_steps: int
+    """Optimizer steps after which it moves."""
+    mixup: float
+    """How far, from 0 to 1."""
+
+
 class Objective(NamedTuple):
     """What is minimised, and against which reference."""
 
     loss: LossSpec
-    scalars: Mapping[str, float]
-    reference: DatasetLogps
+    scalars: Mapping[str, Any]
+    reference: DatasetLogps | MovingReference | None
+    """Stored log-probs, a reference that moves, or none."""
     dtype: str
     lines: Sequence[int] = ()
     """Line in its file of each example, for messages; empty where there is no file."""
+
+    def ref_logps(self, state: TrainState, batch: Batch) -> Any:
+        """`[rows, slots]` log-probs of the reference on a batch; None without one."""
+        if isinstance(self.reference, MovingReference):
+            assert state.ref_params is not None  # `init_state(moving_reference=True)`
+            return self.reference.program(state.ref_params, place_batch(batch, state.mesh))[0]
+        return None if self.reference is None else slot_logps(self.reference, batch)
 
 
 def train(
@@ -49,7 +74,7 @@ def train(
     objective: Objective,
     schedule: Schedule,
     *,
-    evaluate: Callable[[dict], Evaluation] | None,
+    evaluate: Callable[[TrainState], Evaluation] | None,
     writer: MetricsWriter,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, Evaluation | None]:
@@ -61,7 +86,7 @@ def train(
       steps: 0-based step and its host microbatches, from `state.step` on.
       objective: the loss, its options and the reference's log-probs.
       schedule: when to save and evaluate.
-      evaluate: what a policy does on held-out data, or None without it.
+      evaluate: what a state does on held-out data, or None without it.
       writer: gets one row per step.
       checkpoints: where states go.
     Returns:
@@ -70,58 +95,76 @@ def train(
       FloatingPointError: for a loss or gradient that is not finite; names step, examples and last good checkpoint.
       RunStopped: if the first loss is not that of a policy equal to its reference.
     """
-    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+    mesh = state.mesh
     evaluation = None
     with tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step") as bar:
         began = time.perf_counter()
         for step, batches in steps:
-            groups = sum(int(batch.group_mask.sum()) for batch in batches)
+            counts = step_counts(batches)
             microbatches = [
-                place_batch(Microbatch(batch, slot_logps(objective.reference, batch)), mesh) for batch in batches
+                place_batch(Microbatch(batch, objective.ref_logps(state, batch)), mesh) for batch in batches
             ]
-            state, metrics, losses = run_step(programs, state, microbatches, groups, objective.scalars)
+            state, metrics, losses = run_step(programs, state, microbatches, counts, objective.scalars)
             seconds = time.perf_counter() - began
             if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
                 raise FloatingPointError(_not_finite(step + 1, metrics, batches, losses, objective.lines, checkpoints))
-            if step == 0 and objective.loss.needs_reference:
-                check_first_loss(metrics["loss"], objective)
+            if step == 0:
+                check_first_loss(metrics, microbatches, objective)
+            moving = objective.reference if isinstance(objective.reference, MovingReference) else None
+            if moving is not None and (step + 1) % moving.sync_steps == 0:
+                state = move_reference(state, moving.mixup)
             row = {
                 "step": step + 1,
-                **{name: metrics[name] for name in (*METRICS, "grad_norm")},
+                **metrics,
                 "learning_rate": shortest(schedule.learning_rate(step)),
                 "tokens": sum(int((batch.group > 0).sum()) for batch in batches),
-                "pairs_per_second": groups / seconds,
+                "pairs_per_second": float(counts.groups) / seconds,
             }
             last = step + 1 == schedule.total
             if evaluate and (last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0)):
-                evaluation = evaluate(state.params)
+                evaluation = evaluate(state)
                 row |= evaluation.metrics
             writer.write(row)
             if last or (step + 1) % schedule.save_every == 0:
                 checkpoints.save(state)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, rewards/accuracies {row['rewards/accuracies']:.2f}, "
-                f"rewards/margins {row['rewards/margins']:+.3f}, {row['pairs_per_second']:.2f} pairs/s",
-                refresh=False,
-            )
+            shown = [f"{name} {row[name]:.4f}" for name in SHOWN if name in row]
+            bar.set_postfix_str(", ".join([*shown, f"{row['pairs_per_second']:.2f} pairs/s"]), refresh=False)
             bar.update()
             began = time.perf_counter()
     checkpoints.wait()
     return state, evaluation
 
 
-def check_first_loss(loss: float, objective: Objective) -> None:
-    """RunStopped unless the first loss is that of a policy equal to its reference: ln 2 for DPO."""
-    zeros = np.zeros((1, objective.loss.candidates or 2))
-    options = {name: objective.scalars[name] for name in objective.loss.options}
-    expected = float(objective.loss.fn(zeros, zeros, where=zeros == 0, **options)[0])
+def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microbatch], objective: Objective) -> None:
+    """RunStopped unless the first loss is that of a policy equal to its reference: ln 2 for DPO.
+
+    A loss that weighs its groups by the policy (WPO) has no value known beforehand; there the estimated KL divergence
+    has to be 0.
+    """
+    if not objective.loss.needs_reference:
+        return
     tolerance = FIRST_LOSS_TOLERANCE.get(objective.dtype, 1e-4)
-    if abs(loss - expected) > tolerance:
+    if "log_sum_sq_probs" in objective.loss.data:
+        name, got, expected = "kl", metrics["kl"], 0.0
+        tolerance /= objective.scalars["beta"]
+    else:
+        name, got, expected = "loss", metrics["loss"], _loss_at_reference(microbatches, objective)
+        tolerance *= max(1.0, abs(expected))
+    if abs(got - expected) > tolerance:
         raise RunStopped(
-            f"the loss of the first step is {loss:.6f}; a policy equal to its reference has {expected:.6f} within "
+            f"the {name} of the first step is {got:.6f}; a policy equal to its reference has {expected:.6f} within "
             f"{tolerance:g} in {objective.dtype}: policy and reference are not computed alike; with --dtype bfloat16 "
             "try --dtype float32, otherwise please report it with the model's name"
         )
+
+
+def _loss_at_reference(microbatches: Sequence[Microbatch], objective: Objective) -> float:
+    """The loss of a step whose policy has the reference's log-probs."""
+    whole: Microbatch = jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts)), *microbatches)
+    data = group_data(*whole, objective.scalars)
+    shared = {} if objective.loss.running is None else {"baseline": 0.0}  # all rewards are 0
+    losses = group_losses(objective.loss, Sums(data.ref_logps, {}), data, objective.scalars, shared)
+    return float(losses.sum() / jnp.asarray(whole.batch.group_mask).sum())
 
 
 def _not_finite(

@@ -13,10 +13,14 @@ def print_report(result: RunResult, run: RunDir) -> None:
     """Prints held-out accuracy and margin before and after (where there is held-out data), files and a next command."""
     print(f"\ndone       step {result.steps}, {duration(result.seconds)}")
     if result.before is not None and result.after is not None:
-        print(f"held out   {len(result.after.margins)} pairs, before -> after")
+        number = "" if result.after.margins is None else f"{len(result.after.margins)} examples, "
+        print(f"held out   {number}before -> after")
         for label, key in (("accuracy", "accuracies"), ("margin", "margins")):
+            if f"eval_rewards/{key}" not in result.after.metrics:
+                continue  # single completions have no accuracy
             before, after = (of.metrics[f"eval_rewards/{key}"] for of in (result.before, result.after))
-            error = f" (standard error {result.after.margin_standard_error:.3f})" if label == "margin" else ""
+            known = label == "margin" and result.after.margins is not None
+            error = f" (standard error {result.after.margin_standard_error:.3f})" if known else ""
             print(f"  {label:9}{before:.3f} -> {after:.3f}{error}")
     print(f"files      {run.root}: metrics.jsonl, curves.png, config.yaml, checkpoints/")
     print(f"export     {run.export}: load it with transformers or vLLM")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import ruamel.yaml
 
-from jaxdpo.config import DPOConfig, flag, from_mapping
+from jaxdpo.config import DPOConfig
+from jaxdpo.options import flag, from_mapping
 from jaxdpo.train.writer import read_metrics
 from jaxdpo.types import InputError
 

@@ -1,11 +1,13 @@
-"""The train state: step, parameters and optimizer state as one pytree, born on its shards."""
+"""The train state: all that a step reads and writes as one pytree, born on its shards."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdpo.losses import LossSpec, RunningMean
 from jaxdpo.sharding import replicated
 
 
@@ -18,12 +20,35 @@ class TrainState(NamedTuple):
     """Nested dict of float32 master parameters."""
     opt_state: optax.OptState
     """What the optimizer remembers."""
+    running: RunningMean | None = None
+    """What the loss carries from step to step; None for most."""
+    ref_params: dict | None = None
+    """The reference's parameters where it follows the policy; None where it stays what it was."""
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """Where it lives."""
+        return jax.tree.leaves(self.params)[0].sharding.mesh
 
 
-def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+def init_state(
+    params: dict,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    loss: LossSpec | None = None,
+    moving_reference: bool = False,
+) -> TrainState:
     """State before the first update; optimizer moments are laid out like the parameters they belong to.
 
     `jax.jit(optimizer.init)` alone would put all moments on one device: zeros do not depend on the data.
+
+    Args:
+      params: on the mesh.
+      optimizer: any Optax transformation.
+      mesh: where the rest goes.
+      loss: what is trained, if it may carry a running mean.
+      moving_reference: whether to keep a copy of the parameters as a reference that will follow them.
     """
     shardings = jax.tree.map(lambda x: x.sharding, params)
     opt_shardings = optax.tree.map_params(
@@ -34,4 +59,21 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, mesh: jax.
         transform_non_params=lambda _: replicated(mesh),
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), params, opt_state)
+    running = None
+    if loss is not None and loss.running is not None:
+        running = jax.device_put(RunningMean(jnp.zeros(()), jnp.zeros(())), replicated(mesh))
+    ref_params = jax.tree.map(jnp.copy, params) if moving_reference else None
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    return TrainState(step, params, opt_state, running, ref_params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def move_reference(state: TrainState, mixup: jax.Array | float) -> TrainState:
+    """The state whose reference has gone the part `mixup` of the way to its policy; 1: all of it.
+
+    References:
+      Gorbatovski et al. 2024, "Learn your reference model for real good alignment" (TR-DPO),
+      https://arxiv.org/abs/2404.09656: its soft update, and at 1 its hard update.
+    """
+    mixed = jax.tree.map(lambda ref, policy: mixup * policy + (1 - mixup) * ref, state.ref_params, state.params)
+    return state._replace(ref_params=mixed)

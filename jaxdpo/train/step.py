@@ -1,11 +1,14 @@
 """One optimizer step as pure functions: a one-microbatch step, or accumulate and apply.
 
-A loss is a sum over groups divided by the number of groups in the whole step, so gradients add up over microbatches
-and the result does not depend on how the groups were packed. The one-microbatch program holds no accumulator.
+The loss of a step is the mean over its groups. Where groups do not depend on each other, gradients add up over
+microbatches. Where they do, the log-probs of all microbatches come first, the loss is differentiated with respect to
+them, and one vector-Jacobian product per microbatch takes that gradient to the parameters (gradient caching, Gao et
+al. 2021, https://arxiv.org/abs/2101.06983). Either way the result does not depend on how the groups were packed. The
+one-microbatch program holds no accumulator.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,22 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdpo.logprobs import sequence_logps, token_logps
-from jaxdpo.losses import LossSpec, preference_metrics
+from jaxdpo.losses import LossSpec, RunningMean
+from jaxdpo.losses.metrics import mean_metrics
 from jaxdpo.models import Decoder
-from jaxdpo.train.state import TrainState
-from jaxdpo.types import Array, Batch, InputError
-
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
+from jaxdpo.train.objective import (
+    Counts,
+    Scalars,
+    Sums,
+    group_data,
+    group_losses,
+    group_metrics,
+    policy_sums,
+    shared_state,
 )
-"""Means over the groups of a step or of an evaluation, under TRL's names."""
+from jaxdpo.train.state import TrainState
+from jaxdpo.types import Array, Batch
+
+Metrics = dict[str, jax.Array]
+
+FAMILIES = ("loss", "rewards", "logps")
+"""What a row of metrics begins with."""
 
 
 class Microbatch(NamedTuple):
@@ -36,39 +43,35 @@ class Microbatch(NamedTuple):
 
     batch: Batch
     """Preference trees."""
-    ref_logps: Array
-    """`[rows, slots]` float32 log-probs of the reference."""
+    ref_logps: Array | None
+    """`[rows, slots]` float32 log-probs of the reference; None without one."""
 
 
-class Accumulator(NamedTuple):
-    """Gradients and metrics summed over the microbatches of a step so far."""
+class Coupled(NamedTuple):
+    """What several microbatches need besides where their groups depend on each other."""
 
-    grads: dict
-    """Like the parameters."""
-    metrics: dict[str, jax.Array]
-    """One scalar for each of `METRICS`."""
+    forward: Callable[..., Sums]
+    """`(params, batch, scalars) -> sums`."""
+    couple: Callable[..., tuple[list[jax.Array], RunningMean | None, Metrics, list[jax.Array]]]
+    """`(list of sums, microbatches, counts, running mean, scalars) -> (gradient of the loss by each one's log-probs,
+    running mean, sums of metrics, group losses of each)`."""
+    pull: Callable[..., dict]
+    """`(params, grads, batch, gradient by its log-probs, scalars) -> grads`; donates the gradients."""
 
 
 class StepPrograms(NamedTuple):
     """The compiled train-step programs; `scalars` are traced, so sweeping them does not recompile."""
 
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
-    """`(state, microbatch, groups, scalars) -> (state, metrics, group losses)`; donates the state."""
-    init: Callable[[dict], Accumulator]
-    """`(params) -> zeros` laid out like the parameters."""
-    accumulate: Callable[..., tuple[Accumulator, jax.Array]]
-    """`(params, accumulator, microbatch, groups, scalars) -> (accumulator, group losses)`; donates the accumulator."""
-    apply: Callable[[TrainState, Accumulator], tuple[TrainState, dict[str, jax.Array]]]
-    """`(state, accumulator) -> (state, metrics)`; donates the state."""
-
-
-def group_metrics(
-    loss: LossSpec, policy: Array, reference: Array, where: Array, scalars: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-    """Loss and TRL-named metrics per group, from `[..., candidates]` log-probs: arrays `[...]`, 0 for empty groups."""
-    options = {name: scalars[name] for name in loss.options}
-    losses = loss.fn(policy, reference, where=where, **options)
-    return {"loss": losses, **preference_metrics(policy, reference, beta=scalars["beta"], where=where)}
+    step: Callable[..., tuple[TrainState, Metrics, jax.Array]]
+    """`(state, microbatch, counts, scalars) -> (state, metrics, group losses)`; donates the state."""
+    init: Callable[[dict], dict]
+    """`(params) -> gradients` of zero, laid out like the parameters."""
+    accumulate: Callable[..., tuple[dict, Metrics, jax.Array]]
+    """`(params, grads, microbatch, counts, scalars) -> (grads, sums of metrics, group losses)`; donates `grads`."""
+    apply: Callable[..., tuple[TrainState, Metrics]]
+    """`(state, grads, sums of metrics, counts) -> (state, metrics)`; donates the state."""
+    coupled: Coupled | None
+    """In place of `accumulate`, for a loss whose groups depend on each other; None for others."""
 
 
 def make_programs(
@@ -78,78 +81,137 @@ def make_programs(
 
     Args:
       decoder: the model.
-      loss: a row of `LOSSES`; its gradients are a sum over groups (`coupling` is "none").
+      loss: a row of `LOSSES`, or one made of several.
       optimizer: any Optax transformation.
       shardings: where each array of the state lives, `jax.tree.map(lambda x: x.sharding, state)`; it stays there.
     Returns:
       The programs, jitted; call them under `jax.set_mesh`.
-    Raises:
-      InputError: for a loss whose groups depend on each other: its gradients would not add up over microbatches.
     """
-    if loss.coupling != "none":
-        raise InputError(f"the loss has coupling {loss.coupling!r}; allowed: 'none'; its groups must not interact")
 
-    def objective(params: dict, microbatch: Microbatch, groups: Array, scalars: Mapping[str, Any]) -> tuple:
-        batch = microbatch.batch
-        policy = sequence_logps(token_logps(decoder, params, batch), batch)  # [rows, groups, candidates]
-        reference = sequence_logps(microbatch.ref_logps, batch)  # [rows, groups, candidates]
-        values = group_metrics(loss, policy, reference, batch.candidate_mask, scalars)  # of [rows, groups]
-        metrics = {name: values[name].sum() / groups for name in METRICS}
-        return metrics["loss"], (metrics, values["loss"])
+    def value(sums: Sums, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
+        data = group_data(*microbatch, scalars)
+        shared, running = shared_state(loss, sums, data, counts, running, scalars)
+        losses = group_losses(loss, sums, data, scalars, shared)  # [rows, groups]
+        metrics = {"loss": losses, **group_metrics(jax.lax.stop_gradient(sums), data, scalars)}
+        metrics = {name: of_groups.sum() for name, of_groups in metrics.items()}
+        return metrics["loss"] / counts.groups, (metrics, losses, running)
 
-    gradient = jax.grad(objective, has_aux=True)
+    def objective(params: dict, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
+        sums = policy_sums(decoder, params, microbatch.batch, loss, scalars)
+        return value(sums, microbatch, counts, running, scalars)
 
-    def update(state: TrainState, grads: dict) -> tuple[TrainState, jax.Array]:
+    def update(state: TrainState, grads: dict, metrics: Metrics, counts: Counts) -> tuple[TrainState, Metrics]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
-
-    anywhere: Any = None  # scalars: wherever the compiler leaves them
+        means = mean_metrics(metrics, counts.groups) | {"grad_norm": optax.tree.norm(grads)}
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), means
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
-    def step(state: TrainState, microbatch: Microbatch, groups: Array, scalars: Mapping[str, Any]) -> tuple:
-        grads, (metrics, losses) = gradient(state.params, microbatch, groups, scalars)
-        state, grad_norm = update(state, grads)
-        return state, metrics | {"grad_norm": grad_norm}, losses
+    def step(state: TrainState, microbatch: Microbatch, counts: Counts, scalars: Scalars) -> tuple:
+        gradient = jax.grad(objective, has_aux=True)
+        grads, (metrics, losses, running) = gradient(state.params, microbatch, counts, state.running, scalars)
+        return *update(state._replace(running=running), grads, metrics, counts), losses
 
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(Accumulator(shardings.params, anywhere), None))
-    def accumulate(
-        params: dict, accumulator: Accumulator, microbatch: Microbatch, groups: Array, scalars: Mapping[str, Any]
-    ) -> tuple[Accumulator, jax.Array]:
-        grads, (metrics, losses) = gradient(params, microbatch, groups, scalars)
-        return jax.tree.map(jnp.add, accumulator, Accumulator(grads, metrics)), losses
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(shardings.params, None, None))
+    def accumulate(params: dict, grads: dict, microbatch: Microbatch, counts: Counts, scalars: Scalars) -> tuple:
+        more, (metrics, losses, _) = jax.grad(objective, has_aux=True)(params, microbatch, counts, None, scalars)
+        return jax.tree.map(jnp.add, grads, more), metrics, losses
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def apply(state: TrainState, accumulator: Accumulator) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, grad_norm = update(state, accumulator.grads)
-        return state, accumulator.metrics | {"grad_norm": grad_norm}
+    def apply(state: TrainState, grads: dict, metrics: Metrics, counts: Counts) -> tuple[TrainState, Metrics]:
+        return update(state, grads, metrics, counts)
 
-    def init(params: dict) -> Accumulator:
-        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
-        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(grads)), jnp.float32)
-        return Accumulator(grads, {name: jnp.zeros((), dtype) for name in METRICS})
+    def init(params: dict) -> dict:
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
 
-    return StepPrograms(step=step, init=init, accumulate=accumulate, apply=apply)
+    coupled = None
+    if loss.coupling in ("statistic", "sort"):
+        coupled = _couple(value, functools.partial(policy_sums, decoder, loss=loss), shardings)
+    return StepPrograms(step, init, accumulate, apply, coupled)
+
+
+def _couple(value: Callable[..., tuple], policy: Callable[..., Sums], shardings: TrainState) -> Coupled:
+    """Programs that differentiate `value` by the log-probs of all microbatches, and those by the parameters."""
+
+    @jax.jit
+    def couple(
+        sums: list[Sums], microbatches: list[Microbatch], counts: Counts, running: Any, scalars: Scalars
+    ) -> tuple:
+        whole: Microbatch = _joined(microbatches)
+
+        def of_logps(logps: list[jax.Array]) -> tuple:
+            statistics = _joined([part.statistics for part in sums])
+            return value(Sums(jnp.concatenate(logps), statistics), whole, counts, running, scalars)
+
+        gradient = jax.grad(of_logps, has_aux=True)
+        cotangents, (metrics, losses, after) = gradient([part.logps for part in sums])
+        return cotangents, after, metrics, jnp.split(losses, len(microbatches))
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=shardings.params)
+    def pull(params: dict, grads: dict, batch: Batch, cotangent: jax.Array, scalars: Scalars) -> dict:
+        def inner(params: dict) -> jax.Array:
+            return (cotangent * policy(params, batch, scalars=scalars).logps).sum()
+
+        return jax.tree.map(jnp.add, grads, jax.grad(inner)(params))
+
+    @jax.jit
+    def forward(params: dict, batch: Batch, scalars: Scalars) -> Sums:
+        return policy(params, batch, scalars=scalars)
+
+    return Coupled(forward, couple, pull)
 
 
 def run_step(
-    programs: StepPrograms, state: TrainState, microbatches: list[Microbatch], groups: int, scalars: Mapping[str, Any]
+    programs: StepPrograms, state: TrainState, microbatches: Sequence[Microbatch], counts: Counts, scalars: Scalars
 ) -> tuple[TrainState, dict[str, float], list[Array]]:
-    """One optimizer step over its microbatches: the new state, metrics as floats, losses `[rows, groups]` of each."""
-    count = jnp.float32(groups)
+    """One optimizer step over its microbatches.
+
+    Args:
+      programs: from `make_programs`.
+      state: donated.
+      microbatches: all of the step, on the mesh.
+      counts: of the whole step, `step_counts` of its host batches.
+      scalars: options of the loss by name; `beta` always.
+    Returns:
+      The new state, metrics as floats, and the losses `[rows, groups]` of each microbatch.
+    """
     if len(microbatches) == 1:
-        state, metrics, losses = programs.step(state, microbatches[0], count, scalars)
-        per_group = [losses]
-    else:
-        accumulator = programs.init(state.params)
-        per_group = []
+        state, metrics, losses = programs.step(state, microbatches[0], counts, scalars)
+        return state, as_floats(metrics), jax.device_get([losses])
+    grads = programs.init(state.params)
+    per_group: list[jax.Array] = []
+    if programs.coupled is None:
+        parts: list[Metrics] = []
         for microbatch in microbatches:
-            accumulator, losses = programs.accumulate(state.params, accumulator, microbatch, count, scalars)
+            grads, part, losses = programs.accumulate(state.params, grads, microbatch, counts, scalars)
+            parts.append(part)
             per_group.append(losses)
-        state, metrics = programs.apply(state, accumulator)
-    return state, {name: shortest(value) for name, value in metrics.items()}, jax.device_get(per_group)
+        sums = {name: np.sum([part[name] for part in jax.device_get(parts)], axis=0) for name in parts[0]}
+    else:
+        forward, couple, pull = programs.coupled
+        policy = [forward(state.params, microbatch.batch, scalars) for microbatch in microbatches]
+        cotangents, running, sums, per_group = couple(policy, list(microbatches), counts, state.running, scalars)
+        for microbatch, cotangent in zip(microbatches, cotangents, strict=True):
+            grads = pull(state.params, grads, microbatch.batch, cotangent, scalars)
+        state = state._replace(running=running)
+    state, metrics = programs.apply(state, grads, sums, counts)
+    return state, as_floats(metrics), jax.device_get(per_group)
+
+
+def as_floats(metrics: Mapping[str, Array]) -> dict[str, float]:
+    """Metrics for people: `loss` first, then `rewards/`, `logps/` and the rest, by name (jit sorts a dict's keys)."""
+
+    def place(name: str) -> tuple[int, str]:
+        family = name.split("/")[0]
+        return (FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)), name
+
+    return {name: shortest(metrics[name]) for name in sorted(metrics, key=place)}
 
 
 def shortest(value: Array) -> float:
     """A scalar as the shortest decimal that stands for it in its own precision: 5e-06, not 4.999999873689376e-06."""
     return float(str(np.asarray(value)[()]))
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)

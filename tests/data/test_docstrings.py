@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["formats", "packing", "pipeline"])
+@pytest.mark.parametrize("module", ["formats", "packing", "partners", "pipeline"])
 def test_examples(module):
     result = doctest.testmod(importlib.import_module(f"jaxdpo.data.{module}"))
     assert result.attempted > 0

@@ -1,12 +1,18 @@
+import math
+
 import pytest
 
 from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, preference_of
-from jaxdpo.types import InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 TURNS = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"
 HH = {"chosen": TURNS + " See you!", "rejected": TURNS + " Go."}
-RECORDS = {"pairs": PAIR, "hh": HH}
+RANKED = {"prompt": "Q:", "completions": [" yes", " so so", " no"]}
+UNPAIRED = {"prompt": "Q:", "completion": " no", "label": False}
+RECORDS = {"pairs": PAIR, "hh": HH, "ranked": RANKED, "unpaired": UNPAIRED}
+TEXT = {"pairs": "rejected", "hh": "rejected", "unpaired": "completion"}
+"""Of each format a field that holds one text."""
 
 
 def preference(record, name):
@@ -36,7 +42,42 @@ def test_hh_splits_at_the_last_turn_and_keeps_the_leading_space():
     assert preference(HH, "hh") == Preference(TURNS, (" See you!", " Go."), "data.jsonl", 3)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def test_ranked_stands_best_first():
+    assert preference(RANKED, "ranked") == Preference("Q:", (" yes", " so so", " no"), "data.jsonl", 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "order", "ranks"),
+    [
+        ("ranks", [3, 1, 2], "bca", None),
+        ("ranks", [0, 1, 2, 3], "abcd", None),
+        ("ranks", [-7, 10**30, 5], "acb", None),
+        ("ranks", [2, 1, 1], "bca", (0, 0, 1)),
+        ("ranks", [5, 9, 5, 9, 7], "acebd", (0, 0, 1, 2, 2)),
+        ("ranks", [None, 1, None], "bac", (0, UNRANKED, UNRANKED)),
+        ("ranks", [None, 2, 1, None], "cbad", (0, 1, UNRANKED, UNRANKED)),
+        ("ranks", [4, None, 4], "acb", (0, 0, UNRANKED)),
+        ("ranks", [1, None], "ab", (0, UNRANKED)),
+        ("scores", [1, 3.5, -2], "bac", None),
+        ("scores", [0.5, 1, 1.0], "bca", (0, 0, 1)),
+        ("scores", [-0.0, 0, -1e-9], "abc", (0, 0, 1)),
+        ("scores", [1e308, 10**400], "ba", None),
+    ],
+)
+def test_ranked_in_any_order_becomes_best_first(field, values, order, ranks):
+    texts = dict(zip("abcde", (" A", " B", " C", " D", " E"), strict=True))
+    record = {"prompt": "Q:", "completions": list(texts.values())[: len(values)], field: values}
+    assert preference(record, "ranked") == Preference("Q:", tuple(texts[i] for i in order), "data.jsonl", 3, ranks)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_unpaired(label):
+    assert preference({**UNPAIRED, "label": label}, "unpaired") == Preference(
+        "Q:", (" no",), "data.jsonl", 3, label=label
+    )
+
+
+@pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [
@@ -50,22 +91,62 @@ def test_hh_splits_at_the_last_turn_and_keeps_the_leading_space():
     ],
 )
 def test_bad_field_is_an_error_that_names_file_row_and_field(name, value, complaint):
-    with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field 'rejected' {complaint}"):
-        preference({**RECORDS[name], "rejected": value}, name)
+    with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field '{TEXT[name]}' {complaint}"):
+        preference({**RECORDS[name], TEXT[name]: value}, name)
+    if name != "hh":
+        with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field 'completions\[1\]' {complaint}"):
+            preference({**RANKED, "completions": [" yes", value]}, "ranked")
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_missing_field_is_an_error_that_names_what_is_there(name):
-    record = {key: value for key, value in RECORDS[name].items() if key != "chosen"}
-    with pytest.raises(
-        InputError, match=r"^data\.jsonl, line 3: field 'chosen' is missing; got the fields \[.*'rejected'\]"
-    ):
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, record in RECORDS.items() for field in record])
+def test_missing_field_is_an_error_that_names_what_is_there(name, field):
+    record = {key: value for key, value in RECORDS[name].items() if key != field}
+    with pytest.raises(InputError) as error:
         preference(record, name)
+    message = f"data.jsonl, line 3: field {field!r} is missing; got the fields {sorted(record)}; allowed: "
+    assert str(error.value).startswith(message)
 
 
-def test_prompt_of_pairs_must_be_text():
-    with pytest.raises(InputError, match="field 'prompt' is a list"):
-        preference({**PAIR, "prompt": ["Q:"]}, "pairs")
+@pytest.mark.parametrize("name", ["pairs", "ranked", "unpaired"])
+def test_prompt_must_be_text(name):
+    with pytest.raises(InputError, match=r"^data\.jsonl, line 3: field 'prompt' is a list"):
+        preference({**RECORDS[name], "prompt": ["Q:"]}, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"completions": " yes"}, "field 'completions' is a string; allowed: a list of 2 strings or more; "),
+        ({"completions": None}, "field 'completions' is null; allowed: a list of 2 strings or more; "),
+        ({"completions": []}, "field 'completions' has 0 entries; allowed: a list of 2 strings or more; "),
+        ({"completions": [" yes"]}, "field 'completions' has 1 entries; allowed: a list of 2 strings or more; "),
+        ({"ranks": 1}, "field 'ranks' is 1; allowed: a list of 3 numbers, one for each completion; "),
+        ({"ranks": None}, "field 'ranks' is null; allowed: a list of 3 numbers, one for each completion; "),
+        ({"ranks": [1, 2]}, "field 'ranks' has 2 entries for 3 completions; allowed: one for each; "),
+        ({"ranks": [1, 2, 3, 4]}, "field 'ranks' has 4 entries for 3 completions; allowed: one for each; "),
+        ({"ranks": [1, 2.5, 3]}, "field 'ranks[1]' is 2.5; allowed: a whole number, lower is better, or null: "),
+        ({"ranks": [1, 2, 3.0]}, "field 'ranks[2]' is 3.0; allowed: a whole number"),
+        ({"ranks": ["1", 2, 3]}, "field 'ranks[0]' is a string; allowed: a whole number"),
+        ({"ranks": [1, True, 3]}, "field 'ranks[1]' is a boolean; allowed: a whole number"),
+        ({"scores": {}}, "field 'scores' is an object; allowed: a list of 3 numbers, one for each completion; "),
+        ({"scores": [1]}, "field 'scores' has 1 entries for 3 completions; allowed: one for each; "),
+        ({"scores": [1, None, 0]}, "field 'scores[1]' is null; allowed: a finite number, higher is better; "),
+        ({"scores": [1, 0, math.nan]}, "field 'scores[2]' is nan; allowed: a finite number"),
+        ({"scores": [-math.inf, 0, 1]}, "field 'scores[0]' is -inf; allowed: a finite number"),
+        ({"scores": [False, 0, 1]}, "field 'scores[0]' is a boolean; allowed: a finite number"),
+        ({"ranks": [1, 2, 3], "scores": [3, 2, 1]}, "the record has both fields 'ranks' and 'scores'; allowed: one of"),
+    ],
+)
+def test_ranked_says_what_it_cannot_read(change, complaint):
+    with pytest.raises(InputError) as error:
+        preference({**RANKED, **change}, "ranked")
+    assert str(error.value).startswith(f"data.jsonl, line 3: {complaint}")
+
+
+@pytest.mark.parametrize(("label", "shown"), [(1, "1"), (0.0, "0.0"), ("true", "a string"), (None, "null")])
+def test_a_label_is_true_or_false(label, shown):
+    with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field 'label' is {shown}; allowed: true or false"):
+        preference({**UNPAIRED, "label": label}, "unpaired")
 
 
 def test_transcript_without_assistant_is_an_error():
@@ -82,6 +163,12 @@ def test_transcript_without_assistant_is_an_error():
         ("hh", {"rejected": TURNS}, "a completion is empty"),
         ("hh", {"chosen": TURNS + " "}, "a completion is empty"),
         ("hh", {"rejected": "\n\nHuman: Other\n\nAssistant: Go."}, "chosen and rejected have different prompts"),
+        ("ranked", {"completions": [" yes", " no", " yes"]}, "two completions are equal"),
+        ("ranked", {"completions": [" yes", " ", " no"], "ranks": [1, 2, 2]}, "a completion is empty"),
+        ("ranked", {"ranks": [4, 4, 4]}, "all completions tie"),
+        ("ranked", {"scores": [0.5, 0.5, 0.5]}, "all completions tie"),
+        ("ranked", {"ranks": [None, None, None]}, "no completion is ranked"),
+        ("unpaired", {"completion": "\t"}, "a completion is empty"),
     ],
 )
 def test_unusable_record_is_told_from_a_bad_one(name, change, reason):
@@ -89,12 +176,32 @@ def test_unusable_record_is_told_from_a_bad_one(name, change, reason):
         preference({**RECORDS[name], **change}, name)
 
 
-@pytest.mark.parametrize("record", [{}, {"text": "a"}, {"chosen": "a", "rejected": "b"}, {"chosen": 1, "rejected": 2}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"text": "a"},
+        {"chosen": "a", "rejected": "b"},
+        {"chosen": 1, "rejected": 2},
+        {"prompt": "a", "chosen": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"completions": ["a", "b"]},
+    ],
+)
 def test_no_format_fits(record):
-    with pytest.raises(InputError, match=r"no format fits") as error:
+    with pytest.raises(InputError, match=r"^no format fits a record with the fields ") as error:
         detect_format(record)
     assert str(sorted(record)) in str(error.value)
     assert all(repr(name) in str(error.value) for name in FORMATS)
+    assert str(error.value).endswith("; rename the fields to fit one")
+
+
+@pytest.mark.parametrize("other", [RANKED, UNPAIRED])
+def test_a_record_that_fits_two_formats_is_not_guessed_at(other):
+    record = {**PAIR, **other}
+    with pytest.raises(InputError, match=r"^2 formats fit a record with the fields .*; say which, in place of 'auto'$"):
+        detect_format(record)
+    assert preference(record, "pairs").completions == (" yes", " no")
 
 
 def test_describe_nothing_dropped():

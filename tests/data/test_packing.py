@@ -71,8 +71,38 @@ def test_batch_by_hand():
     assert batch.candidate_mask.tolist() == [[[True, True], [True, False], [False, False]], [[False, False]] * 3]
     assert batch.rank.tolist() == [[[0, 1], [0, UNRANKED], [UNRANKED] * 2], [[UNRANKED] * 2] * 3]
     assert batch.example_id.tolist() == [[0, 1, -1], [-1, -1, -1]]
-    assert {field.dtype for field in batch} == {np.dtype(np.int32), np.dtype(bool)}
-    assert [name for name, field in batch._asdict().items() if field.dtype == bool] == ["candidate_mask"]
+    assert batch.label is None
+    assert {field.dtype for field in batch[:-1]} == {np.dtype(np.int32), np.dtype(bool)}
+    assert [name for name, field in zip(batch._fields[:-1], batch[:-1], strict=True) if field.dtype == bool] == [
+        "candidate_mask"
+    ]
+
+
+def test_ranks_stand_in_the_batch_with_ties_and_a_rest_below_the_top():
+    groups = [
+        group(2, 1, 2, 3, ranks=(0, 0, 1)),
+        group(1, 2, 1),
+        group(1, 1, 1, 1, 1, ranks=(0, 1, UNRANKED, UNRANKED)),
+    ]
+    batch = build_batch(groups, range(3), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=4), rows=2))
+    check_batch(batch)
+    assert batch.rank.tolist() == [
+        [[0, 0, 1, UNRANKED], [0, 1, UNRANKED, UNRANKED]],
+        [[0, 1, UNRANKED, UNRANKED], [UNRANKED] * 4],
+    ]
+    assert batch.candidate_mask.sum(axis=-1).tolist() == [[3, 2], [4, 0]]
+    assert batch.label is None
+
+
+def test_labels_stand_in_the_batch_and_partners_have_neither_label_nor_rank():
+    groups = [group(2, 1, 2, label=True), group(1, 2, label=True), group(1, 1, 3, label=False)]
+    batch = build_batch(groups, range(3), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=2), rows=3))
+    check_batch(batch)
+    assert batch.label.tolist() == [[[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
+    assert batch.label.dtype == np.float32
+    assert batch.rank[..., 0].tolist() == [[0, 0], [0, UNRANKED], [UNRANKED] * 2]
+    assert (batch.rank[..., 1] == UNRANKED).all()
+    assert batch.candidate_mask[0].tolist() == [[True, True], [True, False]]
 
 
 @settings(deadline=None)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxdpo.data.sources import file_digest, load_preferences, read_records
-from jaxdpo.types import InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 LINE = json.dumps(PAIR).encode()
@@ -120,6 +120,38 @@ def test_load_hh_drops_by_row_what_holds_no_preference(write):
     )
 
 
+def test_load_rankings(write):
+    path = write(
+        lines(
+            {"prompt": "Q:", "completions": [" a", " b", " c"], "ranks": [None, 0, None]},
+            {"prompt": "Q:", "completions": [" a", " b"]},
+            {"prompt": "Q:", "completions": [" a", " b"], "scores": [1, 1]},
+        )
+    )
+    loaded = load_preferences(path)
+    assert loaded.preferences == [
+        Preference("Q:", (" b", " a", " c"), str(path), 1, ranks=(0, UNRANKED, UNRANKED)),
+        Preference("Q:", (" a", " b"), str(path), 2),
+    ]
+    assert loaded.summary() == f"{path}: 2 preferences (ranked), dropped 1: row 2 (line 3): all completions tie"
+
+
+def test_load_judged_completions(write):
+    path = write(
+        lines(*({"prompt": "Q:", "completion": text, "label": text == " a"} for text in (" a", " b", " ", " a")))
+    )
+    loaded = load_preferences(path)
+    assert [item.label for item in loaded.preferences] == [True, False, True]
+    assert loaded.summary() == (
+        f"{path}: 3 completions (unpaired), 2 of them good, dropped 1: row 2 (line 3): a completion is empty"
+    )
+
+
+def test_a_file_is_of_one_kind(write):
+    with pytest.raises(InputError, match=r"data\.jsonl, line 2: field 'completions' is missing"):
+        load_preferences(write(lines({"prompt": "Q:", "completions": [" a", " b"]}, PAIR)))
+
+
 def test_format_can_be_said(write):
     path = write(lines({"prompt": "x", "chosen": TURN + " Hello.", "rejected": TURN + " Go."}))
     assert load_preferences(path).format == "pairs"
@@ -132,17 +164,23 @@ def test_errors_of_a_record_carry_file_and_row(write):
         load_preferences(path)
     with pytest.raises(InputError, match=r"data\.jsonl, line 1: no format fits a record with the fields \['text'\]"):
         load_preferences(write(lines({"text": "a"})))
+    with pytest.raises(InputError, match=r"data\.jsonl, line 1: 2 formats fit a record with the fields \['chosen', "):
+        load_preferences(write(lines({**PAIR, "completions": [" a", " b"]})))
 
 
 def test_unknown_format(write):
-    with pytest.raises(InputError, match=r"format='csv' is unknown; allowed: 'auto', 'pairs', 'hh'"):
+    with pytest.raises(
+        InputError, match=r"format='csv' is unknown; allowed: 'auto', 'pairs', 'hh', 'ranked', 'unpaired'$"
+    ):
         load_preferences(write(LINE), "csv")
 
 
 def test_a_file_of_unusable_records_is_an_error(write):
-    with pytest.raises(
-        InputError, match=r"none of its 1 records is usable, dropped 1: row 0 \(line 1\): two completions are equal"
-    ):
+    complaint = (
+        r"none of its 1 records is usable, dropped 1: row 0 \(line 1\): two completions are equal; "
+        "allowed: at least one prompt with two different completions, or with one and its label"
+    )
+    with pytest.raises(InputError, match=complaint):
         load_preferences(write(lines({**PAIR, "rejected": " yes"})))
 
 

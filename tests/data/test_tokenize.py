@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from jaxdpo.data import tokenize
+from jaxdpo.data.encoding import EncodingFacts, encoding_facts
 from jaxdpo.data.formats import Unusable
-from jaxdpo.data.tokenize import EncodingFacts, encoding_facts, tokenize_dataset, tokenize_preference
-from jaxdpo.types import InputError, Preference
+from jaxdpo.data.tokenize import tokenize_dataset, tokenize_preference
+from jaxdpo.types import UNRANKED, InputError, Preference
 from tests.data.toy_tokenizers import (
     BERT_LIKE,
     BOS,
@@ -33,8 +34,8 @@ TOKENIZERS = {
 each_tokenizer = pytest.mark.parametrize("tokenizer, facts", TOKENIZERS.values(), ids=TOKENIZERS)
 
 
-def preference(prompt, *completions, line=1):
-    return Preference(prompt, completions, "data.jsonl", line)
+def preference(prompt, *completions, line=1, ranks=None, label=None):
+    return Preference(prompt, completions, "data.jsonl", line, ranks, label)
 
 
 def ids(text):
@@ -192,6 +193,41 @@ def test_dataset_counts_what_was_cut_and_names_what_was_dropped():
         "dropped 2: row 1 (line 2): two completions have the same first 4 tokens; "
         "row 4 (line 5): a completion has no tokens"
     )
+
+
+def test_ranks_come_through():
+    preferences = [
+        preference("x", "a", "b"),
+        preference("x", "a", "b", "c", ranks=(0, 0, UNRANKED)),
+        preference("x", "a", "b", "c", "d"),
+    ]
+    dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8)
+    assert [group.ranks for group in dataset.groups] == [None, (0, 0, UNRANKED), None]
+    assert [group.candidate_ranks for group in dataset.groups] == [(0, 1), (0, 0, UNRANKED), (0, 1, 2, 3)]
+    assert dataset.has_ranks and not dataset.labelled
+    assert (dataset.fewest_candidates, dataset.candidates) == (2, 4)
+    assert not tokenize_dataset(preferences[::2], SMOLLM_LIKE, 8).has_ranks
+
+
+def test_labels_come_through():
+    judged = [preference("x", text, label=text == "a") for text in "aba"]
+    dataset = tokenize_dataset([*judged, preference("x", "long" * 9, label=True)], SMOLLM_LIKE, 8)
+    assert [group.label for group in dataset.groups] == [True, False, True, True]
+    assert [group.candidate_ranks for group in dataset.groups] == [(0,)] * 4
+    assert dataset.labelled and not dataset.has_ranks
+    assert (dataset.fewest_candidates, dataset.candidates) == (1, 1)
+    assert "4 groups, 17 tokens of which 13 are scored, 0 prompts lost their beginning, 1 completions" in (
+        dataset.summary()
+    )
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_judged_and_compared_completions_do_not_mix(turn):
+    preferences = [preference("x", "a", line=1, label=False), preference("x", "a", "b", line=2)][::turn]
+    got, first = (item.label for item in preferences[::-1])
+    complaint = f"data.jsonl, line {preferences[1].line}: label is {got}, but {first} in the first of these"
+    with pytest.raises(InputError, match=complaint):
+        tokenize_dataset(preferences, SMOLLM_LIKE, 8)
 
 
 def test_dataset_without_a_usable_preference():

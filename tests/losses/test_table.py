@@ -1,6 +1,7 @@
-"""What holds for every row of LOSSES: a new row is tested by being there."""
+"""What holds for every row of LOSSES, and for losses made from rows: a new row is tested by being there."""
 
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,128 +9,275 @@ import numpy as np
 import pytest
 
 from jaxdpo.losses import LOSSES
+from jaxdpo.types import InputError
+from tests.losses.table_rows import (
+    CANDIDATES,
+    DEVICES,
+    GROUPS,
+    LABEL,
+    OPTIONS,
+    ROWS,
+    Inputs,
+    base,
+    compiled,
+    draw,
+    evaluate,
+    flat,
+    loss,
+    loss_and_gradient,
+    options_of,
+    over,
+)
 
-pytestmark = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in LOSSES.items()])
+BETA, SMOOTHING = OPTIONS["beta"][0], OPTIONS["label_smoothing"][0]
+AT_REFERENCE = {
+    "sigmoid": np.log(2),
+    "hinge": 1,
+    "ipo": 1 / (4 * BETA**2),
+    "exo_pair": -np.log(CANDIDATES)  # sum_k 1/K (log 1/K - log q_k)
+    - (np.log(1 - SMOOTHING) + (CANDIDATES - 1) * np.log(SMOOTHING / (CANDIDATES - 1))) / CANDIDATES,
+    "nca_pair": 2 * np.log(2),
+    "robust": np.log(2),
+    "bco_pair": 2 * np.log(2),
+    "sppo_hard": 2 * (1 / (2 * BETA)) ** 2,
+    "aot": np.log(2),
+    "aot_unpaired": np.log(2),
+    "apo_zero": 2 / 2,
+    "apo_down": 2 / 2,
+    "discopop": (np.log(2) + 1) / 2,
+    "sigmoid_norm": np.log(2),
+    "plackett_luce": np.log(np.arange(1, CANDIDATES + 1)).sum(),  # log K!
+    "kto": np.where(LABEL, OPTIONS["desirable_weight"][0], OPTIONS["undesirable_weight"][0]) / 2,
+    "bco": np.log(2),
+    "sigmoid+exo_pair+aot": np.log(2)
+    + 0.8 * -np.log(4 * SMOOTHING * (1 - SMOOTHING)) / 2  # `exo_pair` of two candidates
+    + 0.3 * np.log(2),
+}
+"""The loss where policy and reference agree, known on paper for every row that has a reference."""
+INVARIANT = {
+    "sigmoid": True,
+    "hinge": True,
+    "ipo": False,  # a constant counts less per token of a longer completion
+    "exo_pair": True,
+    "nca_pair": False,
+    "robust": True,
+    "bco_pair": False,
+    "sppo_hard": False,
+    "aot": True,
+    "aot_unpaired": False,  # chosen and rejected of different prompts stand side by side
+    "apo_zero": False,
+    "apo_down": False,
+    "discopop": True,
+    "sigmoid_norm": False,  # as ipo
+    "plackett_luce": True,
+    "sft": False,
+    "unlikelihood": False,
+    "simpo": False,  # as ipo
+    "alphapo": False,
+    "cpo": False,  # fine-tunes
+    "orpo": False,
+    "kto": False,  # holds one completion against those of other prompts
+    "bco": False,
+}
+"""Whether a reward that depends on the prompt alone changes nothing."""
+COUNTS_ALONE = {"sft", "kto", "bco"}
+"""Rows in which a lone completion has a loss: it is not compared with another one of its prompt."""
+ADVISED_BETA = {
+    "nca_pair": 0.01,
+    "bco_pair": 0.01,
+    "aot": 0.01,
+    "aot_unpaired": 0.01,
+    "bco": 0.01,
+    "sppo_hard": 0.001,
+    "simpo": 2.0,
+    "alphapo": 2.0,
+    "discopop": 0.05,
+    "hinge": 0.05,
+}
 
-GROUPS = 3
-RTOL = 5e-6
-"""Rewards of 0.1 * 60 round by 2.4e-7 in float32, so logits by up to 1e-6; fusion may move both."""
-AT_REFERENCE = {"sigmoid": np.log(2)}
-"""The loss where policy and reference agree, known on paper for every row."""
+
+@over(name for name in ROWS if all(LOSSES[part].needs_reference for part in base(name)))
+def test_value_at_the_reference(name):
+    x = draw(name, ragged=False)
+    if "log_sum_sq_probs" in x.data:
+        x = x._replace(data=x.data | {"log_sum_sq_probs": x.policy})  # what a policy writes itself has weight 1
+    if "/" in name and ROWS[name].candidates is None and base(name) == ["exo_pair"]:
+        assert ROWS[name].candidates == LOSSES["exo_pair"].candidates
+    losses, _ = evaluate(name, x._replace(ref=x.policy))
+    expected = AT_REFERENCE[name.split("/")[0]]
+    np.testing.assert_allclose(losses, np.broadcast_to(expected, losses.shape), rtol=2e-6)
 
 
-def make_logps(spec, *leading, dtype=np.float32, scale=60):
-    """Policy log-probs and, where the loss needs them, reference log-probs `[*leading, GROUPS, candidates]`."""
-    shape = (*leading, GROUPS, spec.candidates or 4)
-    policy, ref = -scale * np.random.default_rng(0).random((2, *shape))
-    return policy.astype(dtype), ref.astype(dtype) if spec.needs_reference else None
+@over(ROWS)
+def test_rewards_of_the_prompt_alone_change_nothing_or_are_said_to(name):
+    invariant = all(INVARIANT[part] for part in base(name)) and (
+        name.endswith(("/pairs", "/reverse_kl")) or "/" not in name
+    )
+    x = draw(name)
+    shift = np.arange(DEVICES * GROUPS, dtype=np.float32).reshape(DEVICES, GROUPS, 1) - 8
+    (losses, gradient), (shifted, shifted_gradient) = (
+        evaluate(name, x),
+        evaluate(name, x._replace(policy=x.policy + shift)),
+    )
+    if invariant:
+        np.testing.assert_allclose(shifted, losses, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(shifted_gradient, gradient, rtol=1e-5, atol=1e-7)
+    else:
+        assert np.abs(shifted - losses).max() > 1e-3
 
 
-def gradient(spec, policy, ref, **options):
-    return jax.grad(lambda policy: spec.fn(policy, ref, **options).sum())(policy)
+@over(ROWS)
+def test_masked_is_as_good_as_not_there(name):
+    x = draw(name)
+    silent = x._replace(
+        policy=np.where(x.where, x.policy, np.nan),
+        ref=None if x.ref is None else np.where(x.where, x.ref, np.nan),
+        data=x.data | {
+            key: np.where(x.where, value, np.nan if value.dtype == np.float32 else -3)
+            for key, value in x.data.items() if key != "label"
+        },
+    )  # fmt: skip
+    losses, gradient = (array.reshape(DEVICES * GROUPS, -1) for array in evaluate(name, silent))
+    assert np.isfinite(losses).all()
+    np.testing.assert_array_equal(gradient[~flat(x).where], 0)
+
+    short = flat(x)
+    exists = short.where.any(axis=-1)  # [groups]
+    np.testing.assert_array_equal(losses[~exists], 0)
+    order = np.argsort(~short.where, axis=-1, stable=True)  # [groups, candidates], those that exist first
+    keep = order[..., : 3 if ROWS[name].candidates is None else None]
+    if ROWS[name].candidates is not None:
+        keep = np.broadcast_to(np.arange(short.where.shape[-1]), short.where.shape)  # pairs have their places
+
+    def shorten(array):
+        return array[exists] if array.ndim == 1 else np.take_along_axis(array, keep, axis=-1)[exists]
+
+    expected, slope = loss_and_gradient(name, jax.tree.map(shorten, short), options_of(name))
+    np.testing.assert_allclose(losses[exists, 0], expected, rtol=5e-6, atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(gradient, keep, axis=-1)[exists], slope, rtol=1e-5, atol=1e-6)
 
 
-def test_value_at_the_reference(spec):
-    expected = {spec.fn: AT_REFERENCE[name] for name, spec in LOSSES.items()}[spec.fn]
-    policy, _ = make_logps(spec)
-    np.testing.assert_allclose(spec.fn(policy, policy), np.full(GROUPS, expected), rtol=1e-6)
+@over(ROWS)
+def test_order_of_groups_does_not_matter(name):
+    x = draw(name)
+    order = np.random.default_rng(1).permutation(DEVICES * GROUPS)
+
+    def permute(array):
+        return array.reshape(DEVICES * GROUPS, *array.shape[2:])[order].reshape(array.shape)
+
+    for array, permuted in zip(evaluate(name, x), evaluate(name, jax.tree.map(permute, x)), strict=True):
+        np.testing.assert_allclose(permuted, permute(array), rtol=2e-6, atol=1e-7)
 
 
-def test_options_are_all_keywords_but_the_mask(spec):
+@over(ROWS)
+def test_extreme_log_probabilities_are_finite(name):
+    x = draw(name, ragged=False)
+    candidates, models = x.policy.shape[-1], 1 if x.ref is None else 2
+    signs = np.array(list(itertools.product([1, -1], repeat=candidates * models)), np.float32)  # all patterns
+    signs = signs[np.arange(-(-len(signs) // (DEVICES * GROUPS)) * DEVICES * GROUPS) % len(signs)]
+    for some in 1e4 * signs.reshape(-1, DEVICES, GROUPS, models, candidates):
+        policy, ref = some[..., 0, :], some[..., -1, :]
+        data = x.data | {key: -policy for key in x.data if key == "log_sum_sq_probs"}
+        losses, gradient = evaluate(name, Inputs(policy, None if x.ref is None else ref, x.where, data))
+        assert np.isfinite(losses).all(), some
+        assert np.isfinite(gradient).all(), some
+
+
+@over(ROWS)
+def test_groups_without_enough_candidates_are_zero_without_gradient(name):
+    x = draw(name, ragged=False)
+    candidates = x.policy.shape[-1]
+    counts_alone = bool(COUNTS_ALONE & set(base(name)))
+    for where in (np.zeros(candidates, bool), *np.eye(candidates, dtype=bool)):
+        losses, gradient = evaluate(name, x._replace(where=np.broadcast_to(where, x.where.shape)))
+        assert np.isfinite(losses).all()
+        np.testing.assert_array_equal(gradient[..., ~where], 0)
+        if not (where.any() and counts_alone):
+            np.testing.assert_array_equal(losses, 0)
+            np.testing.assert_array_equal(gradient, 0)
+        elif where[0]:
+            assert (losses != 0).all()
+
+
+@over(ROWS)
+def test_options_are_swept_without_compiling_and_none_is_ignored(name):
+    x = draw(name)
+    losses, _ = evaluate(name, x)
+    for key in ROWS[name].options:
+        assert np.abs(evaluate(name, x, **{key: OPTIONS[key][1]})[0] - losses).max() > 1e-4, key
+    assert compiled(name)._cache_size() == 1
+
+
+@over(ROWS)
+def test_float32_is_as_exact_as_its_inputs(name):
+    betas = {0.1, *(ADVISED_BETA.get(part, 0.1) for part in base(name))} if "beta" in ROWS[name].options else {0.1}
+    for beta, seed in itertools.product(betas, range(2)):
+        x = draw(name, lowest=-2000, seed=seed)
+        x = x._replace(policy=-2000 * np.random.default_rng(seed).random(x.policy.shape, np.float32))  # all digits
+        losses, _ = evaluate(name, x, beta=beta)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda array: array.astype(np.float64) if array.dtype == np.float32 else array, x)
+            expected = loss(name, wide, options_of(name, beta=beta))
+            assert expected.dtype == jnp.float64
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5, err_msg=f"{beta=} {seed=}")
+
+
+@over(ROWS)
+def test_bfloat16_is_computed_in_float32(name):
+    x = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16) if array.dtype == np.float32 else array, draw(name))
+    widened = jax.tree.map(lambda array: array.astype(np.float32) if array.dtype == jnp.bfloat16 else array, x)
+    losses = loss(name, x, options_of(name))
+    assert losses.dtype == jnp.float32
+    np.testing.assert_array_equal(losses, loss(name, widened, options_of(name)))
+
+
+@over(ROWS)
+def test_data_decides_on_the_dtype_and_nothing_is_promoted_by_accident(name):
+    x = draw(name)
+
+    def dtypes(policy, ref, scalars):
+        def cast(array, dtype):
+            return None if array is None else jnp.asarray(array, dtype)
+
+        options = {key: jnp.asarray(value, scalars) for key, value in options_of(name).items()}
+        mixed = x._replace(policy=cast(x.policy, policy), ref=cast(x.ref, ref))
+        return {out.dtype for out in jax.eval_shape(lambda *inputs: loss_and_gradient(name, *inputs), mixed, options)}
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        assert dtypes(jnp.float64, jnp.float64, jnp.float32) == {jnp.dtype(jnp.float64)}
+        assert dtypes(jnp.float32, jnp.float32, jnp.float64) == {jnp.dtype(jnp.float32)}
+        assert dtypes(jnp.bfloat16, jnp.float32, jnp.float32) == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+
+
+@over(ROWS)
+def test_number_of_candidates_is_as_stated(name):
+    spec, x = ROWS[name], draw(name)
+    for candidates in (1, 2, 3, 5):
+
+        def resize(array, candidates=candidates):
+            return array if array.ndim == 2 else np.resize(array, (DEVICES, GROUPS, candidates))
+
+        resized = jax.tree.map(resize, x)
+        if spec.candidates in (None, candidates):
+            out = jax.eval_shape(lambda *inputs: loss(name, *inputs), resized, options_of(name))
+            assert out.shape == (DEVICES, GROUPS)
+        else:
+            with pytest.raises(InputError, match=f"{candidates} candidates"):
+                jax.eval_shape(lambda *inputs: loss(name, *inputs), resized, options_of(name))
+
+
+@over(LOSSES)
+def test_options_are_all_keywords_and_named_in_the_row(name):
+    spec = LOSSES[name]
     parameters = inspect.signature(spec.fn).parameters.values()
     keywords = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    assert set(keywords) == {*spec.options, "where"}
-    assert keywords["where"].default is None
     positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    assert positional == ["policy_logps", "ref_logps"]
-
-
-def test_eager_jit_vmap_and_pmap_agree(spec):
-    devices = jax.local_device_count()
-    policy, ref = make_logps(spec, devices)
-    eager = spec.fn(policy, ref)
-    assert eager.shape == (devices, GROUPS)
-    np.testing.assert_allclose(jax.jit(spec.fn)(policy, ref), eager, rtol=RTOL)
-    in_axes = (0, 0 if spec.needs_reference else None)
-    np.testing.assert_allclose(jax.vmap(spec.fn, in_axes)(policy, ref), eager, rtol=RTOL)
-    np.testing.assert_allclose(jax.pmap(spec.fn, in_axes=in_axes)(policy, ref), eager, rtol=RTOL)
-
-
-def test_extreme_log_probabilities_are_finite(spec):
-    policy, ref = make_logps(spec)
-    policy = np.where(policy < np.median(policy), -1e4, 1e4).astype(np.float32)
-    for sign in (1, -1):
-        assert np.isfinite(spec.fn(sign * policy, ref)).all()
-        assert np.isfinite(gradient(spec, sign * policy, ref)).all()
-
-
-def test_all_masked_is_zero_without_gradient(spec):
-    policy, _ = make_logps(spec)
-    where, nothing = np.zeros(policy.shape, bool), np.full_like(policy, np.nan)
-    for absent in (policy, nothing):
-        absent_ref = absent if spec.needs_reference else None
-        np.testing.assert_array_equal(spec.fn(absent, absent_ref, where=where), np.zeros(GROUPS))
-        np.testing.assert_array_equal(gradient(spec, absent, absent_ref, where=where), np.zeros(policy.shape))
-
-
-def test_masked_groups_are_as_good_as_not_there(spec):
-    policy, ref = make_logps(spec)
-    where = np.ones(policy.shape, bool)
-    where[1] = False
-    policy[1] = np.nan
-    kept = np.array([0, 2])
-    short = policy[kept], ref[kept] if spec.needs_reference else None
-    np.testing.assert_allclose(spec.fn(policy, ref, where=where)[kept], spec.fn(*short), rtol=1e-6)
-    gradients = gradient(spec, policy, ref, where=where)
-    np.testing.assert_allclose(gradients[kept], gradient(spec, *short), rtol=1e-6)
-    np.testing.assert_array_equal(gradients[1], 0)
-
-
-def test_uncoupled_groups_do_not_see_each_other(spec):
-    if spec.coupling != "none":
-        pytest.skip("coupled by design")
-    policy, ref = make_logps(spec)
-    jacobian = jax.jacobian(spec.fn)(policy, ref)  # [GROUPS, GROUPS, candidates]
-    for row in range(GROUPS):
-        assert np.abs(jacobian[row, row]).max() > 0
-        np.testing.assert_array_equal(np.delete(jacobian[row], row, axis=0), 0)
-
-
-def test_bfloat16_is_computed_in_float32(spec):
-    policy, ref = (None if x is None else jnp.asarray(x, jnp.bfloat16) for x in make_logps(spec))
-    loss = spec.fn(policy, ref)
-    assert loss.dtype == jnp.float32
-    widened = [None if x is None else x.astype(jnp.float32) for x in (policy, ref)]
-    np.testing.assert_array_equal(loss, spec.fn(*widened))
-
-
-def test_float64_stays_float64(spec):
-    policy, ref = make_logps(spec, dtype=np.float64)
-    with jax.enable_x64(True):
-        loss = spec.fn(policy, ref)
-        assert loss.dtype == jnp.float64
-        assert gradient(spec, policy, ref).dtype == jnp.float64
-        wide = np.asarray(loss)
-        narrow = spec.fn(policy.astype(np.float32), None if ref is None else ref.astype(np.float32))
-        scalars = {name: jnp.float64(0.1) for name in spec.options}
-        assert narrow.dtype == spec.fn(*make_logps(spec), **scalars).dtype == jnp.float32  # the data decides
-    assert 0 < np.abs(wide - narrow).max() < 1e-4
-
-
-def test_strict_dtype_promotion(spec):
-    policy, ref = make_logps(spec)
-    expected = spec.fn(policy, ref)
-    with jax.numpy_dtype_promotion("strict"):
-        np.testing.assert_array_equal(spec.fn(policy, ref), expected)
-        mixed = spec.fn(jnp.asarray(policy, jnp.bfloat16), ref, where=np.ones(policy.shape, bool))
-    assert mixed.dtype == jnp.float32
-
-
-def test_number_of_candidates_is_as_stated(spec):
-    for candidates in (1, 2, 3, 5):
-        logps = np.zeros((GROUPS, candidates), np.float32)
-        if spec.candidates in (None, candidates):
-            assert spec.fn(logps, logps).shape == (GROUPS,)
-        else:
-            with pytest.raises(ValueError, match=f"{candidates} candidates"):
-                spec.fn(logps, logps)
+    assert positional == ["policy_logps", "ref_logps"][: 1 + spec.needs_reference]
+    assert keywords.pop("where").default is None
+    estimates = {"targets", "kl", "baseline", "mean_length"}  # what a caller may know better; None by default
+    assert all(keywords.pop(key).default is None for key in estimates & set(keywords))
+    assert ("divergence" in keywords) == spec.divergence
+    assert ("axis_name" in keywords) == (spec.coupling != "none")
+    assert set(keywords) - {"divergence", "axis_name"} == {*spec.options, *spec.data}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
+        spec.fn(*draw(name)[:2], betta=0.1)

@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from jaxdpo.data.pipeline import microbatches
-from jaxdpo.losses import LOSSES
+from jaxdpo.losses import LOSSES, weighted_by_policy
 from jaxdpo.reference import DatasetLogps
 from jaxdpo.sharding import make_mesh, replicated
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.evaluation import Evaluation
 from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, check_first_loss, train
 from jaxdpo.train.state import init_state
-from jaxdpo.train.step import METRICS, StepPrograms
+from jaxdpo.train.step import Microbatch, StepPrograms
 from jaxdpo.train.writer import MetricsWriter, read_metrics
 from jaxdpo.types import RunStopped
 from tests import tiny
@@ -31,20 +31,26 @@ LN2 = math.log(2)
 def objective(dtype="float32"):
     tokens = {i: np.zeros(slots, np.float32) for i, slots in enumerate(DATA.slots)}
     pairs = np.zeros((len(DATA), 2))
-    return Objective(LOSS, SCALARS, DatasetLogps(tokens, pairs, pairs == 0), dtype)
+    return Objective(LOSS, SCALARS, DatasetLogps(tokens, pairs, pairs == 0, {}), dtype)
+
+
+def first_microbatches():
+    """Of a step whose policy has the reference's log-probs, all 0."""
+    batches = microbatches(DATA, [0, 1], LAYOUT)
+    return [Microbatch(batch, np.zeros(batch.slot_owner.shape, np.float32)) for batch in batches]
 
 
 def programs(losses, norms=None, spoiled=()):
     """One-microbatch steps that report these losses and gradient norms, and `nan` for the groups in `spoiled`."""
     reported = iter(zip(losses, norms or [1.0] * len(losses), strict=True))
 
-    def step(state, microbatch, groups, scalars):
+    def step(state, microbatch, counts, scalars):
         loss, norm = next(reported)
-        metrics = {name: jnp.float32(0.25) for name in METRICS} | {"loss": jnp.float32(loss)}
+        metrics = {"rewards/margins": jnp.float32(0.25), "loss": jnp.float32(loss)}
         per_group = jnp.where(jnp.isin(microbatch.batch.example_id, jnp.array([-2, *spoiled])), jnp.nan, LN2)
         return state._replace(step=state.step + 1), metrics | {"grad_norm": jnp.float32(norm)}, per_group
 
-    return StepPrograms(step, None, None, None)
+    return StepPrograms(step, None, None, None, None)
 
 
 class Result:
@@ -60,7 +66,7 @@ class Result:
         self.checkpoints.save = lambda state: (self.saved.append(int(state.step)), save(state))
         groups = [[(pairs * step + i) % len(DATA) for i in range(pairs)] for step in range(total)]
 
-        def evaluate(params):
+        def evaluate(state):
             self.evaluated.append(len(read_metrics(tmp_path / "metrics.jsonl")) + 1)
             return Evaluation({"eval_loss": 0.5}, np.zeros(1))
 
@@ -102,8 +108,8 @@ def test_a_row_says_what_the_step_did(tmp_path):
         assert row.pop("pairs_per_second") > 0
         assert row == {
             "step": number + 1,
-            **dict.fromkeys(METRICS, 0.25),
             "loss": pytest.approx(loss, rel=1e-6),
+            "rewards/margins": 0.25,
             "grad_norm": norm,
             "learning_rate": pytest.approx(1e-6 * (number + 1)),
             "tokens": int(DATA.tokens[2 * number : 2 * number + 2].sum()),
@@ -157,11 +163,11 @@ def test_later_losses_may_be_anything_finite(tmp_path):
 @pytest.mark.parametrize("dtype, tolerance", FIRST_LOSS_TOLERANCE.items())
 def test_tolerance_of_the_first_loss(dtype, tolerance):
     for sign in (-1, 1):
-        check_first_loss(LN2 + sign * 0.9 * tolerance, objective(dtype))
+        check_first_loss({"loss": LN2 + sign * 0.9 * tolerance}, first_microbatches(), objective(dtype))
         with pytest.raises(
             RunStopped, match=rf"within {tolerance:g} in {dtype}: policy and reference are not computed alike"
         ):
-            check_first_loss(LN2 + sign * 1.1 * tolerance, objective(dtype))
+            check_first_loss({"loss": LN2 + sign * 1.1 * tolerance}, first_microbatches(), objective(dtype))
 
 
 def test_the_contract_of_the_first_loss():
@@ -170,4 +176,27 @@ def test_the_contract_of_the_first_loss():
 
 def test_label_smoothing_does_not_change_the_first_loss():
     """-(1 - s) log sigmoid(0) - s log sigmoid(0) is ln 2 for any s."""
-    check_first_loss(LN2, objective()._replace(scalars={"beta": 0.1, "label_smoothing": 0.3}))
+    smoothed = objective()._replace(scalars={"beta": 0.1, "label_smoothing": 0.3})
+    check_first_loss({"loss": LN2}, first_microbatches(), smoothed)
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("ipo", 25.0), ("sppo_hard", 50.0), ("plackett_luce", LN2), ("aot", LN2), ("apo_zero", 1.0)]
+)
+def test_the_first_loss_of_other_objectives(name, expected):
+    """At beta 0.1: 1 / (2 beta) squared, twice that, and at a sigmoid of 0; relative to it where it is large."""
+    made = Objective(LOSSES[name], {"beta": 0.1}, None, "float32")
+    check_first_loss({"loss": expected * (1 + 0.9e-4)}, first_microbatches(), made)
+    with pytest.raises(RunStopped, match="a policy equal to its reference has"):
+        check_first_loss({"loss": expected * 1.001}, first_microbatches(), made)
+
+
+def test_without_a_reference_the_first_loss_is_not_known():
+    check_first_loss({"loss": 123.0}, first_microbatches(), Objective(LOSSES["simpo"], {"beta": 2.0}, None, "float32"))
+
+
+def test_a_weighted_loss_is_known_by_its_divergence():
+    made = Objective(weighted_by_policy(LOSS), {"beta": 0.1}, None, "float32")
+    check_first_loss({"loss": 0.1, "kl": 0.9e-3}, first_microbatches(), made)
+    with pytest.raises(RunStopped, match=r"the kl of the first step is 0\.00"):
+        check_first_loss({"loss": 0.1, "kl": 1.1e-3}, first_microbatches(), made)

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxdpo.config import DPOConfig, flag
+from jaxdpo.config import DPOConfig
+from jaxdpo.options import flag
 from jaxdpo.train.run_dir import MAY_DIFFER, RunDir, claim, read_yaml, stored_config, write_config
 from jaxdpo.types import InputError
 

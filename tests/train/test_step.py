@@ -1,10 +1,12 @@
 """The real step is exact: its gradient is that of the mean loss over separate, unpacked forward passes.
 
 However the groups of a step are packed, split into microbatches, ordered or spread over devices, the update is the
-same; in float64 to 1e-10, so that what is left is rounding.
+same, for losses whose groups depend on each other too; in float64 to 1e-10, so that what is left is rounding.
 """
 
+import dataclasses
 import functools
+import typing
 from typing import NamedTuple
 
 import jax
@@ -13,23 +15,42 @@ import optax
 import pytest
 
 from jaxdpo.data.pipeline import all_batches, microbatches
-from jaxdpo.losses import LOSSES, LossSpec, dpo_loss, plackett_luce_dpo_loss
+from jaxdpo.losses import LOSSES, LossSpec, combine, dpo_loss, over_all_pairs
 from jaxdpo.reference import dataset_logps, make_logp_program, slot_logps
 from jaxdpo.sharding import batch_size_multiple, make_mesh, place_batch
+from jaxdpo.train.evaluation import group_data
+from jaxdpo.train.objective import Sums, group_losses, step_counts
 from jaxdpo.train.state import init_state
-from jaxdpo.train.step import METRICS, Microbatch, make_programs, run_step, shortest
+from jaxdpo.train.step import Microbatch, make_programs, run_step, shortest
 from tests import tiny
 from tests.test_logprobs import relative, unpacked
 from tests.test_sharding import DIVISIBLE
 
 BETA = 0.3
 SCALARS = {"beta": BETA, "label_smoothing": 0.1}
-RANKING = LossSpec(plackett_luce_dpo_loss, needs_reference=True, candidates=None, coupling="none", options=("beta",))
 PAIRS = tiny.dataset(groups=12, seed=1)
 RANKINGS = tiny.dataset(groups=9, candidates=(1, 4), seed=2)
+
+
+def labelled(data):
+    """Completions that are judged one by one, two good ones for each bad one."""
+    return tiny.of_groups([dataclasses.replace(group, label=i % 3 > 0) for i, group in enumerate(data.groups)])
+
+
+WITH_PARTNERS = labelled(PAIRS)
+SINGLE = labelled(tiny.dataset(groups=12, candidates=(1, 1), seed=3))
+RANKED = LOSSES["plackett_luce"]._replace(data=())
 TASKS = {
     "pairs": (PAIRS, LOSSES["sigmoid"]),
-    "rankings": (RANKINGS, RANKING),
+    "rankings": (RANKINGS, RANKED),
+    "token mean": (PAIRS, LOSSES["sft"]),
+    "token mean and more": (PAIRS, LOSSES["cpo"]),
+    "batch statistic": (WITH_PARTNERS, LOSSES["kto"]),
+    "running mean": (SINGLE, LOSSES["bco"]),
+    "sorted": (PAIRS, LOSSES["aot"]),
+    "sorted apart": (PAIRS, LOSSES["aot_unpaired"]),
+    "sorted, of all pairs": (RANKINGS, over_all_pairs(LOSSES["aot"])),
+    "several": (PAIRS, combine([LOSSES["sigmoid"], LOSSES["sft"], LOSSES["aot"]])),
 }
 SGD = optax.chain(optax.trace(decay=0.0), optax.sgd(1.0))
 """Subtracts the gradient, and keeps it as its state."""
@@ -68,10 +89,10 @@ def expected(task: str) -> Expected:
     decoder = tiny.decoder(DIVISIBLE, "float64")
     reference = unpacked(decoder, tiny.params(decoder, seed=1, dtype="float64"), data)
     where = np.array([[c < len(group.completions) for c in range(data.candidates)] for group in data.groups])
-    options = {name: SCALARS[name] for name in loss.options}
+    groups = group_data(data, where, reference if loss.needs_reference else None)
 
     def losses(params):
-        return loss.fn(unpacked(decoder, params, data), reference, where=where, **options)
+        return group_losses(loss, Sums(unpacked(decoder, params, data), {}), groups, SCALARS)
 
     params = tiny.params(decoder, dtype="float64")
     return Expected(np.asarray(losses(params)), jax.jit(jax.grad(lambda p: losses(p).mean()))(params))
@@ -91,17 +112,20 @@ def reference_logps(task: str, dtype: str):
 def setup(task: str, dtype: str, on: str):
     """Mesh, shardings and programs; the programs serve every layout."""
     decoder, mesh = tiny.decoder(DIVISIBLE, dtype), MESHES[on]()
-    shardings = jax.tree.map(lambda x: x.sharding, fresh_state(dtype, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, fresh_state(dtype, mesh, task))
     return mesh, make_programs(decoder, TASKS[task][1], SGD, shardings)
 
 
-def fresh_state(dtype: str, mesh):
-    return init_state(tiny.params(tiny.decoder(DIVISIBLE, dtype), mesh, dtype=dtype), SGD, mesh)
+def fresh_state(dtype: str, mesh, task="pairs"):
+    params = tiny.params(tiny.decoder(DIVISIBLE, dtype), mesh, dtype=dtype)
+    return init_state(params, SGD, mesh, loss=TASKS[task][1])
 
 
 def host_microbatches(task, dtype, order, layout):
-    made = microbatches(TASKS[task][0], order, layout)
-    return [Microbatch(batch, slot_logps(reference_logps(task, dtype), batch)) for batch in made]
+    data, loss = TASKS[task]
+    reference = reference_logps(task, dtype) if loss.needs_reference else None
+    made = microbatches(data, order, layout)
+    return [Microbatch(batch, None if reference is None else slot_logps(reference, batch)) for batch in made]
 
 
 def take_step(
@@ -113,10 +137,12 @@ def take_step(
     layout = tiny.layout(data, row_multiple=batch_size_multiple(mesh), row_length=row_length, tokens=tokens)
     made = host_microbatches(task, dtype, range(len(data)) if order is None else order, layout)
     made = [jax.tree.map(lambda x: x[rows], microbatch) for microbatch in made]
-    state = fresh_state(dtype, mesh)
+    state = fresh_state(dtype, mesh, task)
+    counts = step_counts([microbatch.batch for microbatch in made])
+    assert counts.groups == len(data)
     with jax.set_mesh(mesh):
         before = jax.device_get(state.params)
-        state, metrics, losses = run_step(programs, state, place_batch(made, mesh), len(data), SCALARS)
+        state, metrics, losses = run_step(programs, state, place_batch(made, mesh), counts, SCALARS)
         change = jax.tree.map(np.subtract, before, jax.device_get(state.params))
         grads = jax.device_get(state.opt_state[0].trace)
     by_example = {}
@@ -161,11 +187,23 @@ def test_step_is_the_gradient_of_the_mean_loss(x64, variant):
     check(taken, "pairs")
 
 
-@pytest.mark.parametrize("options, count", [({}, 1), ({"tokens": 64}, 4)])
-def test_rankings_of_any_length_take_the_same_path(x64, options, count):
-    taken = take_step("rankings", **options)
-    assert taken.microbatches == count
-    check(taken, "rankings")
+ELSEWHERE = [(task, "eight devices") for task in ("batch statistic", "sorted", "several")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "variant"),
+    [(task, variant) for task in TASKS if task != "pairs" for variant in list(VARIANTS)[:2]] + ELSEWHERE,
+)
+def test_every_coupling_gives_the_gradient_of_the_whole_step(x64, task, variant):
+    options, count = VARIANTS[variant]
+    taken = take_step(task, **options)
+    assert (taken.microbatches > 1) == (count > 1)
+    check(taken, task)
+
+
+def test_every_coupling_is_among_the_tasks():
+    assert {loss.coupling for _, loss in TASKS.values()} == set(typing.get_args(LossSpec.__annotations__["coupling"]))
 
 
 @pytest.mark.parametrize("on, options", [("one device", {}), ("one device", {"tokens": 64}), ("eight devices", {})])
@@ -195,8 +233,8 @@ def test_metrics_are_means_over_the_groups(x64):
         "logps/chosen": policy[:, 0].mean(),
         "logps/rejected": policy[:, 1].mean(),
     }
-    assert set(want) == set(METRICS) and 0 < want["rewards/accuracies"] < 1
-    assert {name: taken.metrics[name] for name in METRICS} == pytest.approx(want, rel=1e-6)
+    assert set(want) < set(taken.metrics) and 0 < want["rewards/accuracies"] < 1
+    assert {name: taken.metrics[name] for name in want} == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [256, 64])
@@ -205,7 +243,8 @@ def test_the_state_is_donated(tokens):
     made = host_microbatches("pairs", "float32", range(len(PAIRS)), tiny.layout(PAIRS, row_length=64, tokens=tokens))
     state = fresh_state("float32", mesh)
     with jax.set_mesh(mesh):
-        after, _, _ = run_step(programs, state, place_batch(made, mesh), len(PAIRS), SCALARS)
+        counts = step_counts([microbatch.batch for microbatch in made])
+        after, _, _ = run_step(programs, state, place_batch(made, mesh), counts, SCALARS)
     assert int(after.step) == 1
     donated = jax.tree.leaves((state.params, state.opt_state))
     assert donated and all(leaf.is_deleted() for leaf in donated)
@@ -225,7 +264,8 @@ def test_each_program_is_compiled_once(on):
             made = host_microbatches("pairs", "float32", list(range(groups)) * 2, layout)
             counts.add(len(made) > 1)
             scalars = {"beta": beta, "label_smoothing": beta / 10}
-            state, metrics, _ = run_step(programs, state, place_batch(made, mesh), 2 * groups, scalars)
+            of_step = step_counts([microbatch.batch for microbatch in made])
+            state, metrics, _ = run_step(programs, state, place_batch(made, mesh), of_step, scalars)
             assert np.isfinite(metrics["loss"])
         assert counts == ({False, True} if on == "one device" else {False})
     compiled = {name: getattr(programs, name)._cache_size() for name in ("step", "accumulate", "apply")}
@@ -242,7 +282,8 @@ def test_beta_is_traced_and_counts(x64):
     for beta in (0.01, 0.1, 1.0):
         scalars, state = {"beta": beta, "label_smoothing": 0.0}, fresh_state("float64", mesh)
         with jax.set_mesh(mesh):
-            _, metrics, _ = run_step(programs, state, place_batch(made, mesh), len(PAIRS), scalars)
+            counts = step_counts([microbatch.batch for microbatch in made])
+            _, metrics, _ = run_step(programs, state, place_batch(made, mesh), counts, scalars)
             want = dpo_loss(policy, reference, beta=beta).mean()
             np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
 
