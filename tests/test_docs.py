@@ -8,13 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxdpo
 from jaxdpo.cli import CONFIG_VERBS, main
 from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.losses import DIVERGENCES, LOSSES, preference_metrics, unpaired_metrics
 from jaxdpo.train.run_dir import RunDir
-from jaxdpo.train.step import METRICS
+from jaxdpo.train.step import as_floats
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -68,8 +70,58 @@ def test_option_table_says_type_default_help_and_range():
 
 
 def test_metrics_page_names_every_metric_in_order():
+    pair = np.array([[-3.0, -4.0]])
+    metrics = {"loss": 1.0, "grad_norm": 1.0, **preference_metrics(pair, pair, lengths=np.ones((1, 2)))}
+    of_a_step = as_floats({name: np.float32(0) for name in metrics})  # in the order of a row
     named = rows_under("## Metrics", page("usage.md"))
-    assert named == ["step", *METRICS, "grad_norm", "learning_rate", "tokens", "pairs_per_second"]
+    assert named == ["step", *of_a_step, "learning_rate", "tokens", "pairs_per_second"]
+
+
+def test_metrics_page_names_every_metric_of_labelled_completions():
+    pair = np.array([[-3.0, -4.0]])
+    text = page("usage.md").split("For completions with a label")[1].split("\n\n")[0]
+    for name in unpaired_metrics(pair, pair, label=np.array([True])):
+        assert all(f"`{part}`" in text or f"`{part}/`" in text for part in name.split("/")), name
+
+
+def facts(spec):
+    """What the table of objectives says under "needs"."""
+    return {
+        "ref": spec.needs_reference,
+        "n": "lengths" in spec.data,
+        "K": spec.candidates is None,
+        "label": "label" in spec.data,
+        "step": spec.coupling != "none",
+        "f": spec.divergence,
+    }
+
+
+def test_losses_page_has_every_objective_and_what_it_needs():
+    table = page("losses.md").split("\n## All of them\n")[1].split("\n## ")[0]
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith("| `")]
+    assert {len(row) for row in rows} == {6}
+    assert [name.strip("`") for name, *_ in rows] == list(LOSSES)
+    for name, _, _, needs, _, _ in rows:
+        expected = [word for word, holds in facts(LOSSES[name.strip("`")]).items() if holds]
+        assert needs == ", ".join(expected), name
+
+
+def test_losses_page_has_every_divergence():
+    assert rows_under("## Changes to any of them", page("losses.md")) == list(DIVERGENCES)
+
+
+def test_the_papers_of_the_losses_page_are_those_of_the_docstrings():
+    source = "".join(path.read_text("utf-8") for path in (DOCS.parent / "jaxdpo/losses").glob("*.py"))
+    table = page("losses.md").split("\n## All of them\n")[1].split("\n## ")[0]
+    papers = set(re.findall(r"arxiv\.org/abs/(\d+\.\d+)", table))
+    assert len(papers) > 15
+    assert {paper for paper in papers if paper not in source} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pictures_of_a_page_are_there(path):
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", path.read_text("utf-8")):
+        assert (DOCS / picture).read_bytes().startswith(b"\x89PNG") and (DOCS / picture).stat().st_size < 250_000
 
 
 def test_run_directory_page_names_every_path():

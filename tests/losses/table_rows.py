@@ -24,8 +24,8 @@ PAIRWISE = [name for name, spec in LOSSES.items() if spec.candidates == 2 and "l
 ROWS: dict[str, LossSpec] = {
     **LOSSES,
     **{f"{name}/pairs": over_all_pairs(LOSSES[name]) for name in PAIRWISE},
-    **{f"{row}/{name}": with_divergence(LOSSES[row], name) for row in LOSSES if LOSSES[row].divergence
-       for name in DIVERGENCES},
+    **{f"sigmoid/{name}": with_divergence(LOSSES["sigmoid"], name) for name in DIVERGENCES},
+    **{f"{name}/forward_kl": with_divergence(LOSSES[name], "forward_kl") for name in LOSSES if LOSSES[name].divergence},
     **{f"{name}/wpo": weighted_by_policy(LOSSES[name]) for name in ("sigmoid", "plackett_luce", "cpo", "aot")},
     "ipo/wpo/pairs": over_all_pairs(weighted_by_policy(LOSSES["ipo"])),
     "sigmoid+exo_pair+aot": combine([LOSSES["sigmoid"], LOSSES["exo_pair"], LOSSES["aot"]]),
@@ -77,8 +77,8 @@ def draw(name: str, lowest: float = -60, ragged: bool = True, seed: int = 0) -> 
     policy, ref = (np.round(lowest * 64 * rng.random((2, *shape))) / 64).astype(np.float32)
     where = rng.random(shape) < (0.7 if ragged else 2)
     if ragged:
-        where[..., 2:3] = False  # of four candidates at most three exist
         where[[0, 3], 1], where[[1, 4], 0] = False, True
+        where[..., 2:3] = False  # of four candidates at most three exist
     data = {
         "lengths": rng.integers(1, 40, shape),
         "ranks": rng.integers(0, 3, shape) if ragged else rng.permuted(np.indices(shape)[-1], axis=-1),
@@ -99,7 +99,7 @@ def loss(name: str, x: Inputs, options: dict[str, Any], axis_name: str | None = 
     if spec.coupling != "none":
         shared["axis_name"] = axis_name
     if spec.running is not None:
-        zero = jnp.zeros((), jnp.promote_types(x.policy.dtype, jnp.float32))
+        zero = jnp.zeros((), jnp.float64 if x.policy.dtype == jnp.float64 else jnp.float32)
         state = spec.running(RunningMean(zero, zero), x.policy, x.ref, where=x.where, axis_name=axis_name, **options)
         shared["baseline"] = state.mean
     return spec.fn(x.policy, x.ref, where=x.where, **x.data, **options, **shared)

@@ -17,7 +17,7 @@ from jaxdpo.losses._scores import (
     subtract,
     subtract_best,
 )
-from jaxdpo.losses.divergences import alpha_divergence, forward_kl, js_divergence, reverse_kl
+from jaxdpo.losses.divergences import alpha_divergence, forward_kl, reverse_kl
 
 ROUNDING = 2.0**-23
 """Relative: what is rounded twice in float32."""
@@ -85,17 +85,14 @@ def test_logits_are_rounded_once_however_large_the_log_probabilities(logps, beta
     assert counts.all()
 
 
-@pytest.mark.parametrize(
-    "divergence", [forward_kl, js_divergence, functools.partial(alpha_divergence, alpha=0.5)], ids=["f", "js", "alpha"]
-)
+@pytest.mark.parametrize("divergence", [forward_kl, functools.partial(alpha_divergence, alpha=0.5)], ids=["f", "alpha"])
 def test_a_score_knows_what_rounding_lost(divergence):
-    policy = np.linspace(-1999.9, -2099, 50, dtype=np.float32)[:, None] * [1, 1]
-    ref = policy.round(-1) + np.linspace(1e-3, 40, 50, dtype=np.float32)[:, None] / [3, 7]  # [50, 2]
-    policy, ref = policy.astype(np.float32), -ref.astype(np.float32) - 2000  # no Sterbenz: differing exponents
+    policy, ref = -np.random.default_rng(2).random((2, 500, 2), np.float32)
+    policy, ref = 15 * policy - 49, 1e-3 * ref  # log-ratios of -49 to -64, off by up to 2e-6 in float32
     with jax.enable_x64(True):
         expected = np.asarray(divergence(jnp.asarray(policy.astype(np.float64) - ref)))
     scores, _ = candidate_scores(policy, ref, divergence, None)
-    np.testing.assert_allclose(wide(scores), expected, rtol=5e-6)
+    np.testing.assert_allclose(wide(scores), expected, rtol=4e-7)
 
 
 def test_the_best_score_of_a_group_is_zero_and_others_are_below():

@@ -133,7 +133,7 @@ def test_the_result_is_printed_last(full):
     report = words(full.printed[full.printed.index("\n\n") :].strip().splitlines())
     last = metrics(full.root)[-1]
     assert report["done"].startswith("step 10, ")
-    assert report["held"] == "out   8 pairs, before -> after"
+    assert report["held"] == "out   8 examples, before -> after"
     assert report["accuracy"] == f"0.500 -> {last['eval_rewards/accuracies']:.3f}"
     assert report["margin"].startswith(f"0.000 -> {last['eval_rewards/margins']:.3f} (standard error 0.")
     assert report["files"].startswith(f"{full.root}: ")

@@ -137,7 +137,7 @@ def test_an_objective_that_cannot_use_the_data_is_refused(inputs, data, tmp_path
 
 
 def test_smoothing_and_weights_are_in_the_loss(inputs, data, tmp_path):
-    """At the reference the loss of sigmoid is ln 2, that of sft the token mean; what is logged is their weighted sum."""
+    """At the reference the loss of sigmoid is ln 2, that of sft the token mean; logged is their weighted sum."""
     alone = train(inputs, data, "pairs", "--loss sft --max-steps 1", tmp_path / "sft")[0]
     both = train(inputs, data, "pairs", "--loss sigmoid,sft --loss-weights 2,0.5 --max-steps 1", tmp_path / "both")[0]
     np.testing.assert_allclose(both["loss"], 2 * math.log(2) + 0.5 * alone["loss"], rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from jaxdpo import cli
 from jaxdpo.config import DPOConfig
 from jaxdpo.hf import load_tokenizer, save_hf
-from jaxdpo.train.dpo import prepare
+from jaxdpo.train.prepare import prepare
 from jaxdpo.types import InputError
 from tests import tiny
 
@@ -32,7 +32,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_with_its_line(inputs, tmp_path
 def test_the_architecture_is_looked_at_before_the_data_is_tokenized(inputs, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "mamba"}')
-    monkeypatch.setattr("jaxdpo.train.dpo.tokenize_dataset", lambda *_, **__: pytest.fail("it was tokenized"))
+    monkeypatch.setattr("jaxdpo.train.prepare.tokenize_dataset", lambda *_, **__: pytest.fail("it was tokenized"))
     with pytest.raises(InputError, match=r"model_type 'mamba' .* is not supported; allowed: llama, mistral, gpt2"):
         prepare(config(inputs, tmp_path / "run", model=str(tmp_path / "model")), jax.devices()[:1])
 

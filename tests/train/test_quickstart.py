@@ -27,7 +27,7 @@ def test_it_says_what_it_did_and_what_to_try_next(model, tmp_path, capsys):
     assert (
         "recipe     batch_size 8, learning_rate 5e-06, warmup_steps 5, beta 0.1, max_length 128, max_steps 2" in lines
     )
-    assert f"held out   {HELD_OUT} pairs, before -> after" in lines
+    assert f"held out   {HELD_OUT} examples, before -> after" in lines
     command = next(line for line in lines if line.startswith("try next   ")).split()[3:]
     verb, config = cli.parse(command)
     assert (verb, config.beta, config.output_dir) == ("dpo", 0.3, f"{root}-beta-0.3")
