@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxdpo import config
+from jaxdpo.options import flag
 
 LISTED = re.compile(r"^\.\. auto\w+:: jaxdpo\.(?:\w+\.)*(\w+)\s*$", re.MULTILINE)
 """An autodoc directive of `api.md`; its group is the public name."""
@@ -85,8 +86,7 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def _flags(name: str, hint: object) -> str:
-    flag = config.flag(name)
-    return f"{flag}, {config.flag('no_' + name)}" if hint is bool else flag
+    return f"{flag(name)}, {flag('no_' + name)}" if hint is bool else flag(name)
 
 
 def _type_name(hint: typing.Any) -> str:

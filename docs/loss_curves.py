@@ -13,6 +13,7 @@ its step gets two more pairs, with margins of -2 and 2 under policy and referenc
 step. A completion that is judged alone has a baseline of 0.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -47,7 +48,7 @@ def _compared(spec: LossSpec) -> LossCurve:
         reference = jnp.concatenate([jnp.zeros_like(group), rest])
         return _call(spec, jnp.concatenate([group, rest]), reference).sum()
 
-    pairs = midpoint + MARGINS[:, None] * jnp.array([0.5, -0.5])  # [margins, 2]
+    pairs = midpoint + jnp.stack([MARGINS, -MARGINS], axis=-1) / 2  # [margins, 2]
     losses, slopes = jax.jit(jax.vmap(jax.value_and_grad(step_loss)))(pairs)
     weights = {"chosen": (-slopes[:, 0]).tolist(), "rejected": slopes[:, 1].tolist()}
     return LossCurve("reward margin (nats)", MARGINS.tolist(), {"": losses.tolist()}, weights)
@@ -74,10 +75,9 @@ def _call(spec: LossSpec, policy_logps: jax.Array, ref_logps: jax.Array, **keywo
     return spec.fn(policy_logps, ref_logps if spec.needs_reference else None, **lengths, **beta, **keywords)
 
 
-def draw(directory: Path) -> None:
-    """Writes the two pictures."""
+def draw(curves: Mapping[str, LossCurve], directory: Path) -> None:
+    """Writes the two pictures, of all rows of `LOSSES`."""
     directory.mkdir(exist_ok=True)
-    curves = {name: curve(spec) for name, spec in LOSSES.items()}
     apart = [name for name, spec in LOSSES.items() if "label" in spec.data or not spec.needs_reference]
     save_loss_curves(
         {name: curves[name] for name in LOSSES if name not in apart},
@@ -94,4 +94,4 @@ def draw(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(IMAGES)
+    draw({name: curve(spec) for name, spec in LOSSES.items()}, IMAGES)

@@ -89,8 +89,8 @@ def curves():
     return {name: loss_curves.curve(spec) for name, spec in LOSSES.items()}
 
 
-def test_every_loss_is_drawn_once(tmp_path, drawn):
-    loss_curves.draw(tmp_path)
+def test_every_loss_is_drawn_once(curves, tmp_path, drawn):
+    loss_curves.draw(curves, tmp_path)
     assert sorted(axes.get_title() for figure in drawn for axes in figure.axes if axes.get_title()) == sorted(LOSSES)
     assert {path.name for path in tmp_path.iterdir()} == {
         "losses_with_reference.png",

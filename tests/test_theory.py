@@ -23,6 +23,7 @@ from jaxdpo.types import InputError
 BETA = 0.3
 RTOL = 1e-5
 """Rewards of up to 3 over a beta of 0.3 round by 1e-6."""
+WINNER = jax.jit(von_neumann_winner)
 
 
 @pytest.fixture
@@ -162,6 +163,7 @@ def preferences(n, kind, seed):
         "any": lambda: rng.random((n, n)),
         "sure": lambda: rng.integers(0, 3, (n, n)) / 2,  # always, never or a tie
         "nearly tied": lambda: 0.5 + 0.01 * rng.standard_normal((n, n)),
+        "transitive": lambda: 1 / (1 + np.exp(-3 * np.subtract.outer(*[rng.standard_normal(n)] * 2))),  # Bradley-Terry
     }[kind]()
     upper = np.triu(upper, 1)
     return upper + np.tril(1 - upper.T, -1) + np.eye(n) / 2
@@ -176,14 +178,13 @@ def by_linear_program(wins):
     return -result.fun, result.x[:n]
 
 
-@pytest.mark.parametrize("kind", ["any", "sure", "nearly tied"])
+@pytest.mark.parametrize("kind", ["any", "sure", "nearly tied", "transitive"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-13)])
 def test_no_response_is_preferred_to_the_winner(kind, dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):
-        winner = jax.jit(von_neumann_winner)
         for n in (1, 2, 7, 20):
             wins = np.stack([preferences(n, kind, seed) for seed in range(6)])
-            mixtures = winner(wins.astype(dtype))
+            mixtures = WINNER(wins.astype(dtype))
             assert mixtures.dtype == dtype
             mixtures = np.asarray(mixtures, np.float64)
             assert (mixtures >= 0).all()
@@ -193,11 +194,11 @@ def test_no_response_is_preferred_to_the_winner(kind, dtype, tolerance):
 
 def test_the_winner_is_the_solution_of_a_linear_program():
     with jax.enable_x64(True):
-        for seed in range(5):
-            wins = preferences(7, "any", seed)  # where only one mixture wins, as for almost all matrices
+        games = np.stack([preferences(7, "any", seed) for seed in range(6)])  # like almost all, they have one winner
+        for wins, winner in zip(games, np.asarray(WINNER(games)), strict=True):
             value, mixture = by_linear_program(wins)
             np.testing.assert_allclose(value, 0.5, rtol=1e-9)
-            np.testing.assert_allclose(von_neumann_winner(wins), mixture, atol=1e-9)
+            np.testing.assert_allclose(winner, mixture, atol=1e-9)
 
 
 def test_a_circle_of_preferences_shares_the_win():

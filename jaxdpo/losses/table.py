@@ -24,6 +24,7 @@ def _without_reference(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]
         del ref_logps
         return fn(policy_logps, **keywords)
 
+    adapted.__name__ = fn.__name__  # for messages
     return adapted
 
 
@@ -49,7 +50,7 @@ LOSSES: dict[str, LossSpec] = {
     "apo_down": _pairs(apo_down_loss, divergence=False),
     "discopop": _pairs(discopop_loss, "discopop_tau"),
     "sigmoid_norm": _pairs(sigmoid_norm_loss, data=("lengths",)),
-    "plackett_luce": LossSpec(plackett_luce_dpo_loss, True, None, "none", ("beta",), ("ranks",)),
+    "plackett_luce": LossSpec(plackett_luce_dpo_loss, True, None, "none", ("beta",), ("ranks",), divergence=True),
     "sft": LossSpec(_without_reference(sft_loss), False, None, "denominator", (), ("lengths",)),
     "unlikelihood": LossSpec(_without_reference(unlikelihood_loss), False, 2, "none", ("unlikelihood_alpha",)),
     "simpo": LossSpec(

@@ -26,7 +26,7 @@ ROWS: dict[str, LossSpec] = {
     **{f"{name}/pairs": over_all_pairs(LOSSES[name]) for name in PAIRWISE},
     **{f"sigmoid/{name}": with_divergence(LOSSES["sigmoid"], name) for name in DIVERGENCES},
     **{f"{name}/forward_kl": with_divergence(LOSSES[name], "forward_kl") for name in LOSSES if LOSSES[name].divergence},
-    **{f"{name}/wpo": weighted_by_policy(LOSSES[name]) for name in ("sigmoid", "plackett_luce", "cpo", "aot")},
+    **{f"{name}/wpo": weighted_by_policy(LOSSES[name]) for name in ("sigmoid", "cpo", "aot")},
     "ipo/wpo/pairs": over_all_pairs(weighted_by_policy(LOSSES["ipo"])),
     "sigmoid+exo_pair+aot": combine([LOSSES["sigmoid"], LOSSES["exo_pair"], LOSSES["aot"]]),
     "sigmoid+bco_pair+sft": combine([LOSSES["sigmoid"], LOSSES["bco_pair"], LOSSES["sft"]]),
@@ -77,7 +77,7 @@ def draw(name: str, lowest: float = -60, ragged: bool = True, seed: int = 0) -> 
     policy, ref = (np.round(lowest * 64 * rng.random((2, *shape))) / 64).astype(np.float32)
     where = rng.random(shape) < (0.7 if ragged else 2)
     if ragged:
-        where[[0, 3], 1], where[[1, 4], 0] = False, True
+        where[[0, 3], 1], where[[1, 4], 0] = False, True  # no candidate, every one
         where[..., 2:3] = False  # of four candidates at most three exist
     data = {
         "lengths": rng.integers(1, 40, shape),

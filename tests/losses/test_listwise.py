@@ -26,7 +26,7 @@ def smoothed(candidates, epsilon):
     return np.array([1 - epsilon] + [epsilon / (candidates - 1)] * (candidates - 1))
 
 
-@pytest.mark.parametrize("candidates", [2, 3, 5])
+@pytest.mark.parametrize("candidates", [2, 4])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_equals_the_divergence_from_the_target_in_float64(candidates, name):
     policy, ref = -6 * np.random.default_rng(0).random((2, 20, candidates))
@@ -53,7 +53,8 @@ def test_the_pair_form_in_float32():
 
 def test_least_and_flat_where_the_policy_chooses_as_the_target():
     targets = jnp.array([0.5, 0.3, 0.15, 0.05])
-    value, gradient = jax.value_and_grad(lambda p: exo_loss(p, None, beta=0.5, targets=targets))(jnp.log(targets) / 0.5)
+    run = jax.jit(jax.value_and_grad(lambda p: exo_loss(p, None, beta=0.5, targets=targets)))
+    value, gradient = run(jnp.log(targets) / 0.5)
     np.testing.assert_allclose(value, 0, atol=1e-7)
     np.testing.assert_allclose(gradient, np.zeros(4), atol=1e-7)
 
@@ -63,7 +64,7 @@ def test_gradient_is_that_of_the_divergence_though_the_best_score_is_held():
     p = softmax(scores)
     excess = np.log(p / targets)
     expected = p * (excess - (p * excess).sum())
-    gradient = jax.grad(lambda s: exo_loss(s, None, beta=1.0, targets=targets))(jnp.asarray(scores))
+    gradient = jax.jit(jax.grad(lambda s: exo_loss(s, None, beta=1.0, targets=targets)))(jnp.asarray(scores))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient.sum(), 0, atol=1e-7)
 

@@ -19,11 +19,11 @@ def sigmoid(x):
 
 
 FORMULAS = {
-    nca_loss: lambda w, l, beta: soft_plus(-beta * w) + (soft_plus(beta * w) + soft_plus(beta * l)) / 2,
-    bco_pair_loss: lambda w, l, beta: soft_plus(-beta * w) + soft_plus(beta * l),
-    sppo_hard_loss: lambda w, l, beta: (w - 1 / (2 * beta)) ** 2 + (l + 1 / (2 * beta)) ** 2,
-    apo_zero_loss: lambda w, l, beta: 1 - sigmoid(beta * w) + sigmoid(beta * l),
-    apo_down_loss: lambda w, l, beta: sigmoid(beta * w) + 1 - sigmoid(beta * (w - l)),
+    nca_loss: lambda good, bad, beta: soft_plus(-beta * good) + (soft_plus(beta * good) + soft_plus(beta * bad)) / 2,
+    bco_pair_loss: lambda good, bad, beta: soft_plus(-beta * good) + soft_plus(beta * bad),
+    sppo_hard_loss: lambda good, bad, beta: (good - 1 / (2 * beta)) ** 2 + (bad + 1 / (2 * beta)) ** 2,
+    apo_zero_loss: lambda good, bad, beta: 1 - sigmoid(beta * good) + sigmoid(beta * bad),
+    apo_down_loss: lambda good, bad, beta: sigmoid(beta * good) + 1 - sigmoid(beta * (good - bad)),
 }
 """Of the log-ratios of chosen and rejected."""
 every_loss = pytest.mark.parametrize("loss", FORMULAS)
