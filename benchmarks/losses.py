@@ -3,7 +3,8 @@
     python benchmarks/losses.py --output benchmarks/results/losses.json
 
 The floor of a loss is the time in which the machine moves the bytes that have to be moved: every input read once and
-the gradient by `policy_logps` written once, at the bandwidth that a sum of two large arrays reaches in the same run.
+the gradient by `policy_logps` written once, at the bandwidth that a sum of two large arrays reaches. Sum and loss are
+timed in turns, so that other load on the machine slows both. What fits the cache may be faster than its floor.
 A loss is its mean over all groups, jitted, with a mask `where` as in training; times are medians. Below the rows are
 rankings of four, with and without ties, and combinations. Takes about two minutes and 4 GB on two cores.
 """
@@ -15,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -44,31 +45,28 @@ def main() -> None:
     parser.add_argument("--only", help="one case")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
-    facts = machine(args.repeats)
+    facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    header = ("loss", "groups", "ms", "floor ms", "time / floor", "moved MB", "temporaries MB")
+    header = ("loss", "groups", "ms", "floor ms", "time / floor", "moved MB", "GB/s", "temporaries MB")
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     rows = []
     for name, (spec, candidates, share) in CASES.items():
         if args.only in (None, name):
             shape = (round(share * args.pairs), candidates)
-            rows.append(measure(name, spec, shape, facts["bandwidth_gb_per_s"], args.repeats))
+            rows.append(measure(name, spec, shape, args.repeats))
             print("| " + " | ".join(str(rows[-1][key]) for key in header) + " |", flush=True)
     if args.output:
         args.output.write_text(json.dumps({"pairs": args.pairs, "machine": facts, "rows": rows}, indent=1) + "\n")
 
 
-def machine(repeats: int) -> dict:
-    """What the numbers were measured on, and its memory bandwidth."""
-    a, b = jnp.ones(2**26), jnp.ones(2**26)  # 256 MiB each
-    seconds, _ = median_seconds(jax.jit(lambda a, b: a + 0.5 * b), (a, b), repeats)
+def machine() -> dict[str, object]:
+    """What the numbers were measured on."""
     return {
         "device": jax.devices()[0].device_kind,
         "processor": processor(),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "bandwidth_gb_per_s": round(3 * a.nbytes / seconds / 1e9, 1),
     }
 
 
@@ -79,7 +77,7 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def measure(name: str, spec: LossSpec, shape: tuple[int, int], bandwidth: float, repeats: int) -> dict:
+def measure(name: str, spec: LossSpec, shape: tuple[int, int], repeats: int) -> dict[str, object]:
     """One row of the table."""
     arrays = inputs(spec, shape)
     options = {option: 0.1 for option in spec.options if option == "beta"}
@@ -87,9 +85,13 @@ def measure(name: str, spec: LossSpec, shape: tuple[int, int], bandwidth: float,
     def loss(policy_logps: jax.Array, ref_logps: jax.Array | None, data: dict[str, jax.Array]) -> jax.Array:
         return spec.fn(policy_logps, ref_logps, **data, **options).mean()
 
-    seconds, compiled = median_seconds(jax.jit(jax.value_and_grad(loss)), arrays, repeats)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arrays).compile()
+    large = jnp.ones(2**25), jnp.ones(2**25)  # 128 MiB each
+    add = jax.jit(lambda a, b: a + 0.5 * b).lower(*large).compile()
+    seconds, adding = median_seconds([functools.partial(compiled, *arrays), functools.partial(add, *large)], repeats)
+    bandwidth = 3 * large[0].nbytes / adding
     moved = sum(array.nbytes for array in jax.tree.leaves(arrays)) + arrays[0].nbytes
-    floor = moved / (bandwidth * 1e9)
+    floor = moved / bandwidth
     return {
         "loss": name,
         "groups": shape[0],
@@ -97,6 +99,7 @@ def measure(name: str, spec: LossSpec, shape: tuple[int, int], bandwidth: float,
         "floor ms": round(1e3 * floor, 2),
         "time / floor": round(seconds / floor, 1),
         "moved MB": round(moved / 1e6, 1),
+        "GB/s": round(bandwidth / 1e9, 1),
         "temporaries MB": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
     }
 
@@ -117,17 +120,17 @@ def inputs(spec: LossSpec, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array
     return policy_logps, ref_logps, data
 
 
-def median_seconds(fn: Callable, arrays: tuple, repeats: int) -> tuple[float, jax.stages.Compiled]:
-    """Median time of a call of a jitted function, compiled before; and the compiled function."""
-    compiled = fn.lower(*arrays).compile()
-    call = functools.partial(compiled, *arrays)
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def median_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median time of each call, all of them in turns."""
+    for call in calls:
         jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), compiled
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, of_call in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            of_call.append(time.perf_counter() - start)
+    return [statistics.median(of_call) for of_call in times]
 
 
 if __name__ == "__main__":

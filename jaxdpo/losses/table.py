@@ -1,5 +1,6 @@
 """The losses that training offers by name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,11 @@ from jaxdpo.losses.unpaired import bco_loss, bco_running, kto_loss
 def _without_reference(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The signature of the table for a loss that takes the policy alone."""
 
+    @functools.wraps(fn)
     def adapted(policy_logps: Any, ref_logps: Any, **keywords: Any) -> jax.Array:
         del ref_logps
         return fn(policy_logps, **keywords)
 
-    adapted.__name__ = fn.__name__  # for messages
     return adapted
 
 

@@ -40,6 +40,13 @@ def test_alpha_formula(alpha):
     np.testing.assert_allclose(alpha_divergence(moderate, alpha=alpha), expected, rtol=3e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.999, 1 - 1e-5, 1 + 1e-6])
+def test_alpha_near_1_keeps_its_digits_in_float32(alpha):
+    log_ratios = np.linspace(-2000, 2000, 41)
+    expected = np.expm1((alpha - 1) * log_ratios) / (alpha - 1)
+    np.testing.assert_allclose(alpha_divergence(log_ratios.astype(np.float32), alpha=alpha), expected, rtol=1e-6)
+
+
 def test_alpha_0_is_forward_kl():
     np.testing.assert_allclose(alpha_divergence(LOG_RATIOS, alpha=0.0), forward_kl(LOG_RATIOS), rtol=1e-6)
 

@@ -94,6 +94,14 @@ def test_sppo_is_zero_at_its_targets():
     np.testing.assert_allclose(sppo_hard_loss(ref + jnp.array([50, -50]), ref, beta=0.01), 0, atol=1e-6)
 
 
+def test_sppo_near_its_targets_in_float32():
+    noise = np.random.default_rng(4).standard_normal((2, 200, 2))
+    ref = (-1500 + 9 * noise[0]).astype(np.float32)
+    policy = (ref + [500, -500] + noise[1]).astype(np.float32)
+    deviation = policy.astype(np.float64) - ref - [500, -500]
+    np.testing.assert_allclose(sppo_hard_loss(policy, ref, beta=0.001), (deviation**2).sum(axis=-1), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("loss", "signs"), [(apo_zero_loss, [-1, 1]), (apo_down_loss, [1, 1])])
 def test_apo_moves_the_chosen_completion_as_named(loss, signs):
     gradient, _ = grad_of_sum(loss)(jnp.array([-10.0, -70.0]), jnp.array([-12.0, -15.0]))

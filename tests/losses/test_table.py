@@ -1,15 +1,12 @@
 """What holds for every row of LOSSES, and for losses made from rows: a new row is tested by being there."""
 
-import inspect
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxdpo.losses import LOSSES
-from jaxdpo.types import InputError
 from tests.losses.table_rows import (
     CANDIDATES,
     DEVICES,
@@ -22,9 +19,7 @@ from tests.losses.table_rows import (
     compiled,
     draw,
     evaluate,
-    flat,
     loss,
-    loss_and_gradient,
     options_of,
     over,
 )
@@ -96,6 +91,24 @@ ADVISED_BETA = {
 }
 
 
+def groups_alone(name, x, **options):
+    """Which groups exist, and their losses in float64 without the other groups and candidates, not compiled."""
+    exists = x.where.any(axis=-1)  # [DEVICES, GROUPS]
+    if ROWS[name].candidates is None:
+        place = np.argsort(~x.where, axis=-1, stable=True)[..., :3]  # [DEVICES, GROUPS, 3], those that exist first
+    else:
+        place = np.broadcast_to(np.arange(x.where.shape[-1]), x.where.shape)  # pairs have their places
+
+    def shorten(array):
+        short = array[exists] if array.ndim == 2 else np.take_along_axis(array, place, axis=-1)[exists]
+        return short.astype(np.float64) if short.dtype == np.float32 else short
+
+    with jax.enable_x64(True):
+        expected = loss(name, jax.tree.map(shorten, x), options_of(name, **options))
+    assert expected.dtype == jnp.float64
+    return exists, expected
+
+
 @over(name for name in ROWS if all(LOSSES[part].needs_reference for part in base(name)))
 def test_value_at_the_reference(name):
     x = draw(name, ragged=False)
@@ -139,18 +152,9 @@ def test_masked_is_as_good_as_not_there(name):
     for ours, theirs in zip(silent, (losses, gradient), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
-    short = flat(x)
-    exists = short.where.any(axis=-1)  # [groups]
-    place = np.argsort(~short.where, axis=-1, stable=True)[:, :3]  # [groups, 3], those that exist first
-    if ROWS[name].candidates is not None:
-        place = np.broadcast_to(np.arange(short.where.shape[-1]), short.where.shape)  # pairs have their places
-
-    def shorten(array):
-        return array[exists] if array.ndim == 1 else np.take_along_axis(array, place, axis=-1)[exists]
-
-    expected = loss(name, jax.tree.map(shorten, short), options_of(name))
-    np.testing.assert_array_equal(losses.ravel()[~exists], 0)
-    np.testing.assert_allclose(losses.ravel()[exists], expected, rtol=5e-6, atol=1e-6)
+    exists, expected = groups_alone(name, x)
+    np.testing.assert_array_equal(losses[~exists], 0)
+    np.testing.assert_allclose(losses[exists], expected, rtol=5e-6, atol=1e-6)
 
 
 @over(ROWS)
@@ -167,14 +171,16 @@ def test_order_of_groups_does_not_matter(name):
 
 @over(ROWS)
 def test_extreme_log_probabilities_are_finite(name):
-    x = draw(name, ragged=False)
+    x = draw(name)
     candidates, models = x.policy.shape[-1], 1 if x.ref is None else 2
     signs = np.array(list(itertools.product([1, -1], repeat=candidates * models)), np.float32)  # all patterns
     signs = signs[np.arange(-(-len(signs) // (DEVICES * GROUPS)) * DEVICES * GROUPS) % len(signs)]
     for some in 1e4 * signs.reshape(-1, DEVICES, GROUPS, models, candidates):
         policy, ref = some[..., 0, :], some[..., -1, :]
         data = x.data | {key: -policy for key in x.data if key == "log_sum_sq_probs"}
-        losses, gradient = evaluate(name, Inputs(policy, None if x.ref is None else ref, x.where, data))
+        losses, gradient = evaluate(
+            name, Inputs(policy, None if x.ref is None else ref, np.ones(policy.shape, bool), data)
+        )
         assert np.isfinite(losses).all(), some
         assert np.isfinite(gradient).all(), some
 
@@ -211,69 +217,5 @@ def test_float32_is_as_exact_as_its_inputs(name):
         x = draw(name, lowest=-2000, seed=seed)
         x = x._replace(policy=-2000 * np.random.default_rng(seed).random(x.policy.shape, np.float32))  # all digits
         losses, _ = evaluate(name, x, beta=beta)
-        with jax.enable_x64(True):
-            wide = jax.tree.map(lambda array: array.astype(np.float64) if array.dtype == np.float32 else array, x)
-            expected = loss(name, wide, options_of(name, beta=beta))
-            assert expected.dtype == jnp.float64
-        np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5, err_msg=f"{beta=} {seed=}")
-
-
-@over(ROWS)
-def test_bfloat16_is_computed_in_float32(name):
-    x = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16) if array.dtype == np.float32 else array, draw(name))
-    steps = str(jax.make_jaxpr(lambda *inputs: loss(name, *inputs))(x, options_of(name)))
-    results = [line.split(" = ")[0] for line in steps.splitlines() if " = " in line]
-    assert any("f32[" in result for result in results)
-    assert not any("bf16[" in result for result in results)
-
-
-@over(ROWS)
-def test_data_decides_on_the_dtype_and_nothing_is_promoted_by_accident(name):
-    x = draw(name)
-
-    def dtypes(policy, ref, scalars):
-        def cast(array, dtype):
-            return None if array is None else jnp.asarray(array, dtype)
-
-        options = {key: jnp.asarray(value, scalars) for key, value in options_of(name).items()}
-        mixed = x._replace(policy=cast(x.policy, policy), ref=cast(x.ref, ref))
-        return {out.dtype for out in jax.eval_shape(lambda *inputs: loss_and_gradient(name, *inputs), mixed, options)}
-
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        assert dtypes(jnp.float64, jnp.float64, jnp.float32) == {jnp.dtype(jnp.float64)}
-        assert dtypes(jnp.float32, jnp.float32, jnp.float64) == {jnp.dtype(jnp.float32)}
-        assert dtypes(jnp.bfloat16, jnp.float32, jnp.float32) == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-
-
-@over(ROWS)
-def test_number_of_candidates_is_as_stated(name):
-    spec, x = ROWS[name], draw(name)
-    for candidates in (1, 2, 3, 5):
-
-        def resize(array, candidates=candidates):
-            return array if array.ndim == 2 else np.resize(array, (DEVICES, GROUPS, candidates))
-
-        resized = jax.tree.map(resize, x)
-        if spec.candidates in (None, candidates):
-            out = jax.eval_shape(lambda *inputs: loss(name, *inputs), resized, options_of(name))
-            assert out.shape == (DEVICES, GROUPS)
-        else:
-            with pytest.raises(InputError, match=f"{candidates} candidates"):
-                jax.eval_shape(lambda *inputs: loss(name, *inputs), resized, options_of(name))
-
-
-@over(LOSSES)
-def test_options_are_all_keywords_and_named_in_the_row(name):
-    spec = LOSSES[name]
-    parameters = inspect.signature(spec.fn).parameters.values()
-    keywords = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    assert positional == ["policy_logps", "ref_logps"][: 1 + spec.needs_reference]
-    assert keywords.pop("where").default is None
-    estimates = {"targets", "kl", "baseline", "mean_length"}  # what a caller may know better; None by default
-    assert all(keywords.pop(key).default is None for key in estimates & set(keywords))
-    assert ("divergence" in keywords) == spec.divergence
-    assert ("axis_name" in keywords) == (spec.coupling != "none")
-    assert set(keywords) - {"divergence", "axis_name"} == {*spec.options, *spec.data}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
-        spec.fn(*draw(name)[:2], betta=0.1)
+        exists, expected = groups_alone(name, x, beta=beta)
+        np.testing.assert_allclose(losses[exists], expected, rtol=1e-5, atol=1e-5, err_msg=f"{beta=} {seed=}")
