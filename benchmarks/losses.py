@@ -6,7 +6,7 @@ The floor of a loss is the time in which the machine moves the bytes that have t
 the gradient by `policy_logps` written once, at the bandwidth that a sum of two large arrays reaches. Sum and loss are
 timed in turns, so that other load on the machine slows both. What fits the cache may be faster than its floor.
 A loss is its mean over all groups, jitted, with a mask `where` as in training; times are medians. Below the rows are
-rankings of four, with and without ties, and combinations. Takes about two minutes and 4 GB on two cores.
+rankings of four, with and without ties, and combinations. Takes three minutes and 5 GB on two cores.
 """
 
 import argparse

@@ -10,7 +10,7 @@ class LossSpec(NamedTuple):
     """A loss that can be trained by name, and the facts that a training step has to know about it."""
 
     fn: Callable[..., jax.Array]
-    """`fn(policy_logps, ref_logps, *, where, **data, **options) -> [...]` from sums of log-probs `[..., candidates]`."""
+    """`fn(policy_logps, ref_logps, *, where, **data, **options) -> [...]`, from `[..., candidates]` log-probs."""
     needs_reference: bool
     """Whether a reference policy has to be evaluated; without one `ref_logps` is None."""
     candidates: int | None
