@@ -96,8 +96,8 @@ class DPOConfig:
     loss_weights: str | None = option("a number for each of several objectives; by default 1 each", "objective", None)
     beta: float = option("strength of the KL constraint: reward = beta * (log pi - log pi_ref)", "objective", 0.1)
     label_smoothing: float | None = option(
-        "probability that a label is flipped; by default the objective's: 0 for sigmoid (above: conservative DPO), "
-        "0.001 for exo_pair, 0.1 for robust",
+        "probability that a label is flipped (sigmoid: conservative DPO); by default 0.001 for exo_pair, 0.1 for "
+        "robust, otherwise 0",
         "objective",
         None,
     )
@@ -109,12 +109,16 @@ class DPOConfig:
     ld_alpha: float | None = option(
         "LD-DPO: what tokens count behind the length of the shortest completion; by default 1", "objective", None
     )
-    use_weighting: bool = option("WPO: weigh each group by its probability under the policy", "objective", False)
+    use_weighting: bool = option(
+        "WPO: weigh each group or pair by its probability under the policy", "objective", False
+    )
     discopop_tau: float | None = option("of discopop; by default 0.05", "objective", None)
     simpo_gamma: float | None = option("target margin of simpo and alphapo; by default 0.5", "objective", None)
     alphapo_alpha: float | None = option("reward shape of alphapo; by default 0.25", "objective", None)
     cpo_alpha: float | None = option("weight of cpo's likelihood term; by default 1", "objective", None)
-    unlikelihood_alpha: float | None = option("weight of unlikelihood's rejected term", "objective", None)
+    unlikelihood_alpha: float | None = option(
+        "weight of unlikelihood's rejected term; by default 0.1", "objective", None
+    )
     desirable_weight: float | None = option("of kto's good completions; by default 1", "objective", None)
     undesirable_weight: float | None = option("of kto's bad completions; by default 1", "objective", None)
     ref_model_sync_steps: int | None = option(
@@ -123,7 +127,7 @@ class DPOConfig:
     ref_model_mixup_alpha: float | None = option(
         "how far it moves: 1 makes it the policy (hard update); by default 0.6", "objective", None
     )
-    batch_size: int = option("pairs per optimizer step", "optimization", 64)
+    batch_size: int = option("pairs, rankings or labelled completions per optimizer step", "optimization", 64)
     epochs: int | None = option("passes over the data; by default 1, unless --max-steps is given", "optimization", None)
     max_steps: int | None = option("optimizer steps, instead of --epochs", "optimization", None)
     optimizer: Optimizer = option("rmsprop (torch's semantics, as in the paper) or adamw", "optimization", "rmsprop")

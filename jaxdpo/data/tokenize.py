@@ -112,11 +112,6 @@ class TokenizedDataset:
         return max(len(group.completions) for group in self.groups)
 
     @property
-    def fewest_candidates(self) -> int:
-        """Completions of the group that has fewest."""
-        return min(len(group.completions) for group in self.groups)
-
-    @property
     def truncated_prompts(self) -> int:
         """Prompts that lost their beginning."""
         return sum(group.prompt_truncated for group in self.groups)

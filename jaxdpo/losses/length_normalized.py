@@ -13,6 +13,7 @@ each completion, beside the log-probabilities `[..., 2]`, and compare means per 
 [0.1269 0.1269]
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,7 +22,7 @@ from jax.typing import ArrayLike
 
 from jaxdpo.losses._core import beta_option, candidate_arrays, check_pair
 from jaxdpo.losses._scores import Wide, candidate, candidate_scores, half_inverse, per_token, subtract
-from jaxdpo.losses.divergences import reverse_kl
+from jaxdpo.losses.divergences import MAX_EXPONENT, reverse_kl
 
 
 def _mean_margins(
@@ -62,8 +63,8 @@ def ipo_loss(
       ref_logps: same shape, under the reference policy; None: reference-free, see `implicit_rewards`.
       lengths: same shape, number of tokens of each completion, 1 or more where it exists.
       beta: one over twice the margin that is asked for, above 0 (the paper's tau); may be traced.
-      divergence: score of a log-ratio, `[...]` to `[...]`, see `jaxdpo.losses.divergences`. Some scores reach 5e34, so
-        the deviation that is squared is clamped to the largest float to the power of 0.45, 2e17 in float32.
+      divergence: score of a log-ratio, `[...]` to `[...]`, see `jaxdpo.losses.divergences`. Some scores reach e^80, and
+        their square is no float32, so the deviation that is squared is clamped at e^40, in float64 too.
       where: `[..., 2]` bool, which candidates exist. Pairs that are not complete return 0 and get zero gradient.
     Returns:
       `[...]` loss in squared nats per token, at least float32, not reduced.
@@ -78,9 +79,8 @@ def ipo_loss(
       1.0
     """
     margin, counts = _mean_margins(policy_logps, ref_logps, lengths, divergence, where)  # [...]
-    dtype = margin.value.dtype
-    bound = float(jnp.finfo(dtype).max) ** 0.45
-    deviation = jnp.clip(subtract(margin, half_inverse(beta, dtype)), -bound, bound)
+    bound = math.exp(MAX_EXPONENT / 2)
+    deviation = jnp.clip(subtract(margin, half_inverse(beta, margin.value.dtype)), -bound, bound)
     return jnp.where(counts, deviation**2, 0)
 
 

@@ -72,19 +72,21 @@ def preference_metrics(
     *,
     beta: ArrayLike = 0.1,
     lengths: ArrayLike | None = None,
+    ranks: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
     """Implicit rewards, accuracy, margin, log-probabilities and drift of every group, not reduced.
 
-    Chosen is a group's best candidate that exists, rejected the mean over all its others; with two candidates this is
-    TRL's definition. Accuracy is the fraction of the others that the chosen one beats, where a tie counts one half, as
-    in held-out accuracy. TRL counts a tie as a loss, so where the policy is its reference it reports 0 and this 0.5.
+    Chosen is a group's best candidate that exists, rejected the mean over all others that are worse; with two
+    candidates this is TRL's definition. Accuracy is the fraction of the others that the chosen one beats, where equal
+    rewards count one half, as in held-out accuracy. TRL counts a tie as a loss, so where the policy is its reference it reports 0 and this 0.5.
 
     Args:
       policy_logps: `[..., candidates]` float, summed log-probability of each completion, best first, nats.
       ref_logps: same shape, under the reference policy; None: reference-free, see `implicit_rewards`.
       beta: strength of the KL penalty, above 0; may be traced.
       lengths: same shape, number of tokens of each completion; None: without the metrics that need them.
+      ranks: same shape, int, not falling; those that tie with the best are neither chosen nor rejected. None: no ties.
       where: `[..., candidates]` bool, which candidates exist. Groups of fewer than two are 0 everywhere.
     Returns:
       `[...]` arrays, at least float32; `mean_metrics` takes their sums. TRL's: `rewards/chosen`, `rewards/rejected`,
@@ -117,7 +119,11 @@ def preference_metrics(
         where, 2, rewards=rewards, policy_logps=policy_logps, drift=drift
     )
     best = best_candidate(exists)  # [..., candidates]
-    sides = _Sides(best, exists & ~best)
+    others = exists & ~best
+    if ranks is not None:
+        of_best = jnp.where(best, ranks, 0).sum(axis=-1, keepdims=True)  # [..., 1]
+        others &= jnp.asarray(ranks) > of_best
+    sides = _Sides(best, others)
     ahead = sides.chosen(rewards)[..., None] - rewards  # [..., candidates]
     wins = (1 + jnp.sign(ahead)) / 2  # [..., candidates], a tie is one half
     weight = jax.nn.sigmoid(-ahead)  # [..., candidates]

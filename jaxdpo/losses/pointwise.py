@@ -32,10 +32,10 @@ def _pair_rewards(
     policy_logps: ArrayLike, ref_logps: ArrayLike | None, beta: ArrayLike, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Implicit rewards of chosen and of rejected `[...]`, and bool `[...]`: which pairs are complete."""
-    rewards = implicit_rewards(policy_logps, ref_logps, beta=beta, where=where)  # [..., 2]
+    rewards = implicit_rewards(policy_logps, ref_logps, beta=beta, where=where)
+    (rewards,), exists = candidate_arrays(where, 2, rewards=rewards)  # [..., 2]
     check_pair(rewards)
-    counts = jnp.ones(rewards.shape[:-1], bool) if where is None else jnp.all(jnp.asarray(where), axis=-1)
-    return rewards[..., 0], rewards[..., 1], counts
+    return rewards[..., 0], rewards[..., 1], exists.all(axis=-1)
 
 
 def nca_loss(

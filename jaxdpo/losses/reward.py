@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxdpo.losses._core import candidate_arrays, explain, option
+from jaxdpo.losses._core import candidate_arrays, check_pair, explain, option, smoothing_option
 
 
 def bradley_terry_loss(
@@ -66,15 +66,9 @@ def bradley_terry_loss(
       0.8531
     """
     (rewards,), exists = candidate_arrays(where, 2, rewards=rewards)
-    with explain(
-        f"{rewards.shape[-1]} candidates on the last axis of shape {rewards.shape}; allowed: 2, chosen then rejected; "
-        "for rankings use the Plackett-Luce losses"
-    ):
-        chex.assert_axis_dimension(rewards, -1, 2)
+    check_pair(rewards)
     centering = option("centering", centering, "0 or more, such as 0.01", lambda c: 0 <= c < math.inf, rewards.dtype)
-    label_smoothing = option(
-        "label_smoothing", label_smoothing, "0 to below 0.5, such as 0.1", lambda e: 0 <= e < 0.5, rewards.dtype
-    )
+    label_smoothing = smoothing_option(label_smoothing, rewards.dtype)
     counts = exists.all(axis=-1)  # [...]
     logit = rewards[..., 0] - rewards[..., 1]  # [...]
     if margin is not None:

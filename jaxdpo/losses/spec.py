@@ -18,7 +18,7 @@ class LossSpec(NamedTuple):
     coupling: Literal["none", "denominator", "statistic", "sort"]
     """How groups of a step depend on each other. `none`: not at all, so gradients accumulate by microbatch.
     `denominator`: through `mean_length`, a count known from the batch. `statistic`: through a constant of the whole
-    step's log-probs. `sort`: through all of the step's log-probs at once. The coupled take `axis_name`."""
+    step. `sort`: through all of the step's log-probs at once. The coupled take `axis_name`."""
     options: tuple[str, ...]
     """Names of the configuration values that are passed to `fn` as keywords; left out, the function's default holds."""
     data: tuple[str, ...] = ()

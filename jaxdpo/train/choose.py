@@ -36,6 +36,11 @@ def check_objective(config: DPOConfig) -> None:
     means = [name for name, row in LOSSES.items() if row.coupling == "denominator" or "label" in row.data]
     if config.ld_alpha is not None and not set(means).isdisjoint(rows):
         _ignored(config, "ld_alpha", [name for name in LOSSES if name not in means])
+    if config.use_weighting and config.ld_alpha is not None:
+        raise InputError(
+            "--use-weighting weighs by the probability of whole completions and --ld-alpha counts a part of them; "
+            "give one"
+        )
     chosen = _combined(config)
     zeros = jnp.zeros((1, chosen.candidates or 2))
     data = {
@@ -111,7 +116,7 @@ def _check_data(name: str, path: str, dataset: TokenizedDataset) -> None:
             f"--loss {name} needs {_NEEDS['label' in row.data]}, and {path} holds {_NEEDS[dataset.labelled]}; "
             f"allowed with this data: {fitting}; choose one of them, or other data"
         )
-    if row.candidates is None and "ranks" not in row.data and row.needs_reference:
+    if row.candidates is None and "ranks" not in row.data:
         for group in dataset.groups:
             if group.ranks is not None and group.ranks[1] == 0:
                 raise InputError(

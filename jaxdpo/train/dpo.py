@@ -52,7 +52,7 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
     Raises:
       InputError: for bad input: model, data, directory or options.
       FloatingPointError: for a loss or gradient that is not finite.
-      RunStopped: if policy and reference are not computed alike: the first loss is not ln 2.
+      RunStopped: if policy and reference are not computed alike: the first loss is not that of equal ones.
     """
     began = time.perf_counter()
     config, run = claim(config), RunDir(Path(config.output_dir))

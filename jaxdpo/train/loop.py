@@ -139,13 +139,14 @@ def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microb
     """RunStopped unless the first loss is that of a policy equal to its reference: ln 2 for DPO.
 
     A loss that weighs its groups by the policy (WPO) has no value known beforehand; there the estimated KL divergence
-    has to be 0.
+    and the drift of the chosen have to be 0.
     """
     if not objective.loss.needs_reference:
         return
     tolerance = FIRST_LOSS_TOLERANCE.get(objective.dtype, 1e-4)
     if "log_sum_sq_probs" in objective.loss.data:
-        name, got, expected = "kl", metrics["kl"], 0.0
+        name, expected = "kl", 0.0
+        got = max(metrics["kl"], metrics["logps/chosen_drift"], key=abs)
         tolerance /= objective.scalars["beta"]
     else:
         name, got, expected = "loss", metrics["loss"], _loss_at_reference(microbatches, objective)

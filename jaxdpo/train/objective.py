@@ -104,7 +104,7 @@ def group_metrics(policy: Sums, data: GroupData, scalars: Scalars) -> dict[str, 
     common = {"beta": scalars["beta"], "where": data.where}
     if data.label is not None:
         return unpaired_metrics(policy.logps, data.ref_logps, label=data.label[..., 0], **common)
-    return preference_metrics(policy.logps, data.ref_logps, lengths=data.lengths, **common)
+    return preference_metrics(policy.logps, data.ref_logps, lengths=data.lengths, ranks=data.ranks, **common)
 
 
 def shared_state(

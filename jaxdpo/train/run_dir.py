@@ -23,6 +23,8 @@ from jaxdpo.types import InputError
 MAY_DIFFER = frozenset({"output_dir", "resume", "epochs", "max_steps", "save_every", "eval_every"})
 """Options that a resumed run may change: they do not change any step that both runs take."""
 
+CHOSEN = ("dtype", "row_length", "microbatch_tokens")
+"""Options that a run chooses where they are left open; continued, it keeps its choice."""
 
 _PATHS = ("model", "data", "eval_data")
 
@@ -166,7 +168,7 @@ def _continued(config: DPOConfig, stored: DPOConfig, run: RunDir) -> DPOConfig:
         name, asked, had = field.name, getattr(config, field.name), getattr(stored, field.name)
         if name in MAY_DIFFER or asked == had or (name in _PATHS and _same_place(asked, had)):
             continue
-        if asked is None and field.default is None and had is not None and name != "eval_data":
+        if asked is None and had is not None and name in CHOSEN:
             adopted[name] = had
         else:
             differing.append(f"{flag(name)} is {asked!r} here and {had!r} there")

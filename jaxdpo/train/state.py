@@ -1,6 +1,5 @@
 """The train state: all that a step reads and writes as one pytree, born on its shards."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -67,13 +66,17 @@ def init_state(
     return TrainState(step, params, opt_state, running, ref_params)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def move_reference(state: TrainState, mixup: jax.Array | float) -> TrainState:
-    """The state whose reference has gone the part `mixup` of the way to its policy; 1: all of it.
+    """The state whose reference has gone the part `mixup` of the way to its policy; 1: all of it. Donates the state.
 
     References:
       Gorbatovski et al. 2024, "Learn your reference model for real good alignment" (TR-DPO),
       https://arxiv.org/abs/2404.09656: its soft update, and at 1 its hard update.
     """
+    shardings = jax.tree.map(lambda x: x.sharding, state)  # else the compiler's own, and every program compiles anew
+    return jax.jit(_moved, donate_argnums=0, out_shardings=shardings)(state, mixup)
+
+
+def _moved(state: TrainState, mixup: jax.Array | float) -> TrainState:
     mixed = jax.tree.map(lambda ref, policy: mixup * policy + (1 - mixup) * ref, state.ref_params, state.params)
     return state._replace(ref_params=mixed)

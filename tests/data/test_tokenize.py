@@ -205,7 +205,7 @@ def test_ranks_come_through():
     assert [group.ranks for group in dataset.groups] == [None, (0, 0, UNRANKED), None]
     assert [group.candidate_ranks for group in dataset.groups] == [(0, 1), (0, 0, UNRANKED), (0, 1, 2, 3)]
     assert dataset.has_ranks and not dataset.labelled
-    assert (dataset.fewest_candidates, dataset.candidates) == (2, 4)
+    assert dataset.candidates == 4
     assert not tokenize_dataset(preferences[::2], SMOLLM_LIKE, 8).has_ranks
 
 
@@ -215,7 +215,7 @@ def test_labels_come_through():
     assert [group.label for group in dataset.groups] == [True, False, True, True]
     assert [group.candidate_ranks for group in dataset.groups] == [(0,)] * 4
     assert dataset.labelled and not dataset.has_ranks
-    assert (dataset.fewest_candidates, dataset.candidates) == (1, 1)
+    assert dataset.candidates == 1
     assert "4 groups, 17 tokens of which 13 are scored, 0 prompts lost their beginning, 1 completions" in (
         dataset.summary()
     )

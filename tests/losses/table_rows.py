@@ -53,7 +53,7 @@ LABEL = np.random.default_rng(0).random((DEVICES, GROUPS)) < 0.5
 
 
 class Inputs(NamedTuple):
-    """What a loss gets, `[DEVICES, GROUPS, candidates]`; a pytree, so `jax.tree.map` cuts it to fewer groups."""
+    """What a loss gets, `[DEVICES, GROUPS, candidates]`."""
 
     policy: Any
     ref: Any
@@ -131,8 +131,3 @@ def evaluate(name: str, x: Inputs, **options: Any) -> tuple[np.ndarray, np.ndarr
     """Losses and gradient, compiled."""
     losses, gradient = compiled(name)(x, options_of(name, **options))
     return np.asarray(losses), np.asarray(gradient)
-
-
-def flat(x: Inputs) -> Inputs:
-    """All groups on one axis."""
-    return jax.tree.map(lambda array: array.reshape(DEVICES * GROUPS, *array.shape[2:]), x)

@@ -67,7 +67,7 @@ def test_extreme_log_probabilities_are_finite(loss, name):
 def test_ipo_clamps_the_deviation_that_it_squares():
     policy = jnp.array([-100.0, 0.0])
     loss = ipo_loss(policy, None, lengths=jnp.ones(2), divergence=DIVERGENCES["forward_kl"])
-    np.testing.assert_allclose(loss, float(jnp.finfo(jnp.float32).max) ** 0.9, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.exp(80), rtol=1e-6)
 
 
 @every_loss

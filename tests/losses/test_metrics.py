@@ -176,3 +176,14 @@ def test_judged_completions_of_one_kind_have_no_margin():
     assert "kl" not in metrics
     means = mean_metrics(summed(metrics), groups=2)
     assert (means["rewards/chosen"], means["rewards/rejected"], means["rewards/margins"]) == (1, 0, 0)
+
+
+def test_what_ties_with_the_best_is_neither_chosen_nor_rejected():
+    """Rewards 1 and 2 share the first rank; the first of them beats the only one that is worse."""
+    logps, ranks = np.array([1.0, 2.0, 0.0]), np.array([0, 0, 1])
+    metrics = preference_metrics(logps, np.zeros(3), beta=1.0, ranks=ranks)
+    assert metrics["rewards/accuracies"] == metrics["rewards/margins"] == 1.0
+    assert metrics["rewards/rejected"] == 0.0
+    untied = preference_metrics(logps, np.zeros(3), beta=1.0, ranks=np.arange(3))
+    for name, value in preference_metrics(logps, np.zeros(3), beta=1.0).items():
+        np.testing.assert_array_equal(untied[name], value)

@@ -1,4 +1,7 @@
-"""What holds for every row of LOSSES about groups: on one device or on eight, and whether they see each other."""
+"""What holds for every row of LOSSES about groups: on one device or on eight, and whether they see each other.
+
+Eager and compiled are compared in `test_table.py`, by `test_masked_is_as_good_as_not_there`.
+"""
 
 import functools
 
@@ -32,12 +35,6 @@ def assert_close(actual, expected):
 def one_device_or_all(name):
     """The loss of a device's groups, and the gradient of the loss of all by the log-probs of these groups."""
     return functools.partial(loss_and_gradient, name, axis_name="groups")
-
-
-@over(LOSSES)
-def test_eager_is_jit(name):
-    x = draw(name)
-    np.testing.assert_allclose(loss(name, x, options_of(name)), evaluate(name, x)[0], rtol=RTOL, atol=ATOL)
 
 
 @over(LOSSES)

@@ -53,6 +53,8 @@ def config(**options):
         ),
         ({"ref_model_mixup_alpha": 0.5}, "--ref-model-mixup-alpha needs --ref-model-sync-steps; add it or drop"),
         ({"loss": "exo_pair", "label_smoothing": 0.0}, r"label_smoothing=0\.0 is out of range"),
+        ({"loss": "nca_pair", "f_divergence_type": "forward_kl"}, "--f-divergence-type forward_kl has no effect with"),
+        ({"use_weighting": True, "ld_alpha": 0.5}, "--use-weighting weighs by .* and --ld-alpha counts a part"),
         ({"loss": "kto,bco"}, "kto|bco"),
     ],
 )

@@ -229,3 +229,10 @@ def test_a_missing_file_is_refused(tmp_path):
         InputError, match=r"x.yaml does not exist; allowed: a YAML file of options; fix: check the path"
     ):
         read_yaml(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name, value", [("ld_alpha", 0.5), ("label_smoothing", 0.3), ("ref_model_sync_steps", 4)])
+def test_an_objective_cannot_be_dropped_silently(run, name, value):
+    begun(run, **{name: value})
+    with pytest.raises(InputError, match=f"{flag(name)} is None here and {value} there"):
+        claim(asked(run))

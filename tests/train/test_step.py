@@ -20,7 +20,7 @@ from jaxdpo.reference import dataset_logps, make_logp_program, slot_logps
 from jaxdpo.sharding import batch_size_multiple, make_mesh, place_batch
 from jaxdpo.train.evaluation import group_data
 from jaxdpo.train.objective import Sums, group_losses, step_counts
-from jaxdpo.train.state import init_state
+from jaxdpo.train.state import init_state, move_reference
 from jaxdpo.train.step import Microbatch, make_programs, run_step, shortest
 from tests import tiny
 from tests.test_logprobs import relative, unpacked
@@ -294,3 +294,18 @@ def test_metrics_are_the_shortest_decimals_of_their_precision(value):
     assert np.float32(got) == np.float32(value)
     assert len(repr(got)) <= len(repr(float(np.float32(value))))
     assert shortest(jax.numpy.float32(5e-6)) == 5e-6
+
+
+@pytest.mark.parametrize("on", ["one device", "eight devices"])
+def test_a_reference_that_moves_stays_where_it_is(on):
+    """With other shardings every program would be compiled again."""
+    mesh = MESHES[on]()
+    params = tiny.params(tiny.decoder(DIVISIBLE), mesh)
+    state = init_state(params, SGD, mesh, moving_reference=True)
+    state = state._replace(params=jax.tree.map(lambda x: 2 * x, state.params))
+    before, shardings = jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
+    moved = move_reference(state, 0.25)
+    assert jax.tree.map(lambda x: x.sharding, moved) == shardings
+    jax.tree.map(np.testing.assert_array_equal, moved.params, before.params)
+    expected = jax.tree.map(lambda x: 1.25 * x, before.ref_params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), moved.ref_params, expected)
