@@ -79,7 +79,8 @@ def preference_metrics(
 
     Chosen is a group's best candidate that exists, rejected the mean over all others that are worse; with two
     candidates this is TRL's definition. Accuracy is the fraction of the others that the chosen one beats, where equal
-    rewards count one half, as in held-out accuracy. TRL counts a tie as a loss, so where the policy is its reference it reports 0 and this 0.5.
+    rewards count one half, as in held-out accuracy. TRL counts them as a loss, so where the policy is its reference it
+    reports 0 and this 0.5.
 
     Args:
       policy_logps: `[..., candidates]` float, summed log-probability of each completion, best first, nats.
