@@ -71,12 +71,12 @@ def over(names: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", list(names))
 
 
-def draw(name: str, lowest: float = -60, ragged: bool = True, seed: int = 0) -> Inputs:
-    """float32 log-probs from `lowest` to 0, and ordinary values of what else is taken; if ragged, gaps and ties."""
+def draw(name: str, ragged: bool = True, seed: int = 0) -> Inputs:
+    """float32 log-probs from -60 to 0, and ordinary values of what else is taken; if ragged, gaps and ties."""
     spec, rng = ROWS[name], np.random.default_rng(seed)
     shape = (DEVICES, GROUPS, spec.candidates or CANDIDATES)
     # Multiples of 1/64, so that whole nats are added and taken away without rounding.
-    policy, ref = (np.round(lowest * 64 * rng.random((2, *shape))) / 64).astype(np.float32)
+    policy, ref = (np.round(-60 * 64 * rng.random((2, *shape))) / 64).astype(np.float32)
     where = rng.random(shape) < (0.7 if ragged else 2)
     if ragged:
         where[[0, 3], 1], where[[1, 4], 0] = False, True  # no candidate, every one
