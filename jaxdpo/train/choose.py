@@ -63,9 +63,8 @@ def _check_reference(config: DPOConfig, rows: dict[str, LossSpec]) -> None:
                 f"--f-divergence-type {config.f_divergence_type} measures a distance to the reference, and "
                 "--reference-free leaves none; give one of them"
             )
-        if not set(diverging) >= {name for name, row in rows.items() if row.needs_reference}:
-            _ignored(config, "f_divergence_type", diverging)
-        if set(diverging).isdisjoint(rows):
+        referring = {name for name, row in rows.items() if row.needs_reference}
+        if not referring or not referring <= set(diverging):
             _ignored(config, "f_divergence_type", diverging)
     if config.f_alpha_divergence_coef is not None and config.f_divergence_type != "alpha_divergence":
         raise InputError(
