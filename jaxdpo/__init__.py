@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 _MODULES: dict[str, tuple[str, ...]] = {
-    "jaxdpo.types": ("Batch", "InputError", "Preference", "check_batch"),
+    "jaxdpo.types": ("Batch", "InputError", "Origin", "Preference", "check_batch"),
     "jaxdpo.config": ("DPOConfig", "ExportConfig", "QuickstartConfig"),
     "jaxdpo.losses": (
         "LossSpec",

@@ -6,7 +6,8 @@ groups share a row. Pairs are two candidates, rankings are ragged.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,29 @@ class RunStopped(RuntimeError):
     """A run that must not go on; the message says at which step, why, and what to do."""
 
 
+class Origin(NamedTuple):
+    """Where a record came from.
+
+    >>> str(Origin("sums.jsonl", 7)), str(Origin("sums.parquet", 6, "row"))
+    ('sums.jsonl, line 7', 'sums.parquet, row 6')
+    """
+
+    source: str
+    """The file or data set, as the user named it."""
+    number: int
+    """Its line, from 1, or its row, from 0."""
+    unit: Literal["line", "row"] = "line"
+    """What `number` counts: lines of a text file with one record each, otherwise rows."""
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.unit} {self.number}"
+
+    @property
+    def place(self) -> str:
+        """Where in its source; a line is named as a row too, counted from 0: blank lines count."""
+        return f"row {self.number}" if self.unit == "row" else f"row {self.number - 1} (line {self.number})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """One prompt and its completions as text, best first.
@@ -33,22 +57,24 @@ class Preference:
     Attributes:
       prompt: text before the completion, may be empty.
       completions: at least one text, best first.
-      source: the file it came from, for messages.
-      line: its line in that file, from 1.
+      origin: the record it was made from, for messages.
       ranks: of each completion, not falling: 0 is best, equal values tie, `UNRANKED` is below the observed top k. None:
         0, 1, 2 and so on.
-      label: whether a single completion is a good one; None where completions are compared.
+      label: whether a single completion is a good one; None where completions are compared or imitated.
+      margin: by how much the better of two completions should be rewarded above the other; None where not stated.
+      templated: whether a chat template has written the texts, its special tokens included: none is added to them.
     """
 
     prompt: str
     completions: tuple[str, ...]
-    source: str
-    line: int
+    origin: Origin
     ranks: tuple[int, ...] | None = None
     label: bool | None = None
+    margin: float | None = None
+    templated: bool = False
 
     def __post_init__(self) -> None:
-        count, where = len(self.completions), f"{self.source}, line {self.line}"
+        count, where = len(self.completions), self.origin
         if self.ranks is not None and (len(self.ranks) != count or list(self.ranks) != sorted(self.ranks)):
             raise InputError(
                 f"{where}: ranks={self.ranks} of {count} completions; allowed: one for each, not falling; sort the "
@@ -58,6 +84,11 @@ class Preference:
             raise InputError(
                 f"{where}: label={self.label} of {count} completions; allowed: a label for a single completion; "
                 "make one preference of each, or drop the label"
+            )
+        if self.margin is not None and (count != 2 or not math.isfinite(self.margin)):
+            raise InputError(
+                f"{where}: margin={self.margin} of {count} completions; allowed: a finite margin of two; correct "
+                "it, or drop the margin"
             )
 
 
@@ -89,6 +120,9 @@ class Batch(NamedTuple):
     label: Array | None = None
     """float32 `[rows, groups, candidates]` 1 for a good completion, 0 for a bad one (and where absent); None for data
     that compares completions. A labelled group is a completion and, for KTO, one that belongs to another prompt."""
+    margin: Array | None = None
+    """float32 `[rows, groups]` by how much the first candidate should be rewarded above the second, 0 where not stated
+    and for an empty group; None for data that states none."""
 
     @property
     def group_mask(self) -> Array:
@@ -115,6 +149,9 @@ def check_batch(batch: Batch) -> None:
         raise ValueError(
             f"Batch.label is {label.dtype} of shape {label.shape}; allowed: float32 {batch.candidate_mask.shape}"
         )
+    margin = np.zeros((rows, groups), np.float32) if batch.margin is None else batch.margin
+    if margin.shape != (rows, groups) or margin.dtype != np.float32:
+        raise ValueError(f"Batch.margin is {margin.dtype} of shape {margin.shape}; allowed: float32 {(rows, groups)}")
     scored = batch.slot_owner < empty
     source = np.take_along_axis(batch.group, batch.slot_source, axis=1)
     owner_group = np.where(scored, batch.slot_owner // candidates + 1, 0)
@@ -139,5 +176,8 @@ def check_batch(batch: Batch) -> None:
     require((label == 0) | (label == 1), "a label is neither 0 nor 1")
     require((label == 0) | (np.arange(candidates) == 0), "a label is not that of a group's first candidate")
     require((label == 0) | batch.candidate_mask, "an absent candidate has a label")
+    require(
+        np.isfinite(margin) & ((margin == 0) | batch.group_mask), "an empty group has a margin, or one is not finite"
+    )
     partners = batch.candidate_mask[..., 1:] & (batch.label is not None)
     require(~partners | (batch.rank[..., 1:] == UNRANKED), "the partner of a labelled completion has a rank")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdpo.data.pipeline import microbatches
-from jaxdpo.types import PADDING, UNRANKED, Batch, InputError, Preference, check_batch
+from jaxdpo.types import PADDING, UNRANKED, Batch, InputError, Origin, Preference, check_batch
 from tests import tiny
 
 ROWS = 6
@@ -187,8 +187,8 @@ def test_absent_candidates_are_below_every_rank(batch):
 
 
 def test_a_preference_is_a_value():
-    preference = Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7)
-    assert preference == Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7)
+    preference = Preference("2+2=", (" 4", " 5"), Origin("sums.jsonl", 7))
+    assert preference == Preference("2+2=", (" 4", " 5"), Origin("sums.jsonl", 7))
     with pytest.raises(dataclasses.FrozenInstanceError):
         preference.prompt = ""
 
@@ -196,12 +196,12 @@ def test_a_preference_is_a_value():
 @pytest.mark.parametrize("ranks", [(0,), (0, 1, 2), (1, 0), (UNRANKED, 0)])
 def test_ranks_of_a_preference_are_one_each_and_do_not_fall(ranks):
     with pytest.raises(InputError, match=r"^sums\.jsonl, line 7: ranks=\(.*\) of 2 completions; allowed: one for each"):
-        Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7, ranks=ranks)
+        Preference("2+2=", (" 4", " 5"), Origin("sums.jsonl", 7), ranks=ranks)
 
 
 def test_a_label_belongs_to_a_single_completion():
     with pytest.raises(InputError, match=r"^sums\.jsonl, line 7: label=True of 2 completions; allowed: a label for a"):
-        Preference("2+2=", (" 4", " 5"), "sums.jsonl", 7, label=True)
+        Preference("2+2=", (" 4", " 5"), Origin("sums.jsonl", 7), label=True)
 
 
 def test_bad_input_is_a_value_error():

@@ -13,7 +13,7 @@ from jaxdpo.data.packing import Layout
 from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup
 from jaxdpo.hf import save_hf
 from jaxdpo.models import Decoder, TransformerConfig, abstract_params, make_decoder
-from jaxdpo.types import UNRANKED
+from jaxdpo.types import UNRANKED, Origin
 
 LLAMA = TransformerConfig(
     model_type="llama",
@@ -95,7 +95,9 @@ def dataset(
         prompt, *completions = (rng.integers(0, LLAMA.vocab_size, size).astype(np.int32) for size in sizes)
         ranks = random_ranks(judge, count) if ranked and count > 1 else None
         label = bool(judge.integers(2)) if labelled else None
-        made.append(TokenizedGroup(prompt, tuple(completions), False, (False,) * count, "random", row, ranks, label))
+        made.append(
+            TokenizedGroup(prompt, tuple(completions), False, (False,) * count, Origin("random", row), ranks, label)
+        )
     return of_groups(made)
 
 

@@ -4,8 +4,8 @@ A format is a function `record -> Content` and a line in `FORMATS`. It raises `I
 format, and `Unusable` where the record is well formed but holds no preference; the caller adds file and line. Fields
 that a format does not read are ignored.
 
->>> preference_of({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}, pairs, source="sums.jsonl", line=7)
-Preference(prompt='2+2=', completions=(' 4', ' 5'), source='sums.jsonl', line=7, ranks=None, label=None)
+>>> preference_of({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}, pairs, Origin("sums.jsonl", 7)).completions
+(' 4', ' 5')
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jaxdpo.data import fields
 from jaxdpo.data.fields import Record
-from jaxdpo.types import UNRANKED, InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 ASSISTANT = "\n\nAssistant:"
 """What opens each of the assistant's turns in Anthropic's HH transcripts."""
@@ -154,39 +154,38 @@ def detect_format(record: Record) -> str:
     raise InputError(f"no format fits {got}; rename the fields to fit one")
 
 
-def preference_of(record: Record, convert: Format, *, source: str, line: int) -> Preference:
+def preference_of(record: Record, convert: Format, origin: Origin) -> Preference:
     """The preference that a record holds.
 
     Args:
       record: one object of the data file.
       convert: a value of `FORMATS`.
-      source: the file, for messages.
-      line: its line in that file, from 1.
+      origin: where it stands.
     Raises:
-      InputError: if the record breaks the format; the message starts with file and line.
+      InputError: if the record breaks the format; the message starts with its origin.
       Unusable: if a completion is blank, two completions are equal, or the format finds no preference in the record.
     """
     try:
         content = convert(record)
     except InputError as error:
-        raise InputError(f"{source}, line {line}: {error}") from None
+        raise InputError(f"{origin}: {error}") from None
     if not all(completion.strip() for completion in content.completions):
         raise Unusable("a completion is empty")
     if len(set(content.completions)) < len(content.completions):
         raise Unusable("two completions are equal")
-    return Preference(content.prompt, content.completions, source, line, content.ranks, content.label)
+    return Preference(content.prompt, content.completions, origin, content.ranks, content.label)
 
 
-def describe_dropped(dropped: Sequence[tuple[int, str]], *, limit: int = 10) -> str:
-    """One line that counts the dropped lines and names them, at most `limit`.
+def describe_dropped(dropped: Sequence[tuple[Origin, str]], *, limit: int = 10) -> str:
+    """One line that counts the dropped records and names them, at most `limit`.
 
     Example:
-      >>> describe_dropped([(87, "a completion is empty"), (90, "two completions are equal")])
-      'dropped 2: row 86 (line 87): a completion is empty; row 89 (line 90): two completions are equal'
-      >>> describe_dropped([(line, "two completions are equal") for line in (3, 5, 8)], limit=1)
-      'dropped 3: row 2 (line 3): two completions are equal; and 2 more'
+      >>> describe_dropped([(Origin("a.jsonl", 87), "a completion is empty")])
+      'dropped 1: row 86 (line 87): a completion is empty'
+      >>> describe_dropped([(Origin("a.csv", row, "row"), "two completions are equal") for row in (3, 5, 8)], limit=1)
+      'dropped 3: row 3: two completions are equal; and 2 more'
     """
-    named = "; ".join(f"row {line - 1} (line {line}): {reason}" for line, reason in dropped[:limit])
+    named = "; ".join(f"{origin.place}: {reason}" for origin, reason in dropped[:limit])
     more = f"; and {len(dropped) - limit} more" if len(dropped) > limit else ""
     return f"dropped {len(dropped)}{': ' if named else ''}{named}{more}"
 

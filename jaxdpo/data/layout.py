@@ -133,7 +133,7 @@ def _check_length(datasets: Sequence[TokenizedDataset], length: int) -> None:
         if dataset.tokens[largest] > length:
             group = dataset.groups[largest]
             raise InputError(
-                f"{group.source}, line {group.line}: the prompt and its {len(group.completions)} completions need "
+                f"{group.origin}: the prompt and its {len(group.completions)} completions need "
                 f"{group.tokens} tokens; allowed: row_length={length}; raise row_length or lower max_length"
             )
 

@@ -3,9 +3,10 @@
 KTO measures how far a policy has moved from its reference on completions that answer some other prompt. A partner is
 such a completion: a second candidate of the group, with neither rank nor label.
 
+>>> from jaxdpo.types import Origin
 >>> def group(prompt, completion):
 ...     prompt, completion = (np.array(part, np.int32) for part in (prompt, completion))
-...     return TokenizedGroup(prompt, (completion,), False, (False,), "sums.jsonl", 1, label=True)
+...     return TokenizedGroup(prompt, (completion,), False, (False,), Origin("sums.jsonl", 1), label=True)
 >>> data = TokenizedDataset.of([group([5, 6], [7, 1]), group([5, 6], [8, 1]), group([9, 9, 9], [4, 4, 1])])
 >>> for tokenized in with_partners(data, max_length=5).groups:  # the third one's own follows the prompt 5 6 in full
 ...     print(tokenized.prompt, *tokenized.completions)
@@ -87,7 +88,7 @@ class _Runs:
 
 def _alone(group: TokenizedGroup) -> InputError:
     return InputError(
-        f"{group.source}, line {group.line}: no other record has both another prompt and another completion, which KTO "
+        f"{group.origin}: no other record has both another prompt and another completion, which KTO "
         "compares this one with; allowed: at least two prompts with different completions; add records, or choose a "
         "loss that needs no partner, such as bco"
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, preference_of
-from jaxdpo.types import InputError, Preference
+from jaxdpo.types import InputError, Origin, Preference
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -26,14 +26,14 @@ class LoadedPreferences:
     Attributes:
       preferences: in file order.
       format: the name in `FORMATS` it was read with.
-      dropped: `(line, reason)` of every record that holds no preference.
+      dropped: `(origin, reason)` of every record that holds no preference.
       path: the file.
       digest: `file_digest` of it.
     """
 
     preferences: list[Preference]
     format: str
-    dropped: tuple[tuple[int, str], ...]
+    dropped: tuple[tuple[Origin, str], ...]
     path: str
     digest: str
 
@@ -57,17 +57,18 @@ def load_preferences(path: str | pathlib.Path, format: str = "auto") -> LoadedPr
     if format != "auto" and format not in FORMATS:
         raise InputError(f"format={format!r} is unknown; allowed: 'auto', {', '.join(map(repr, FORMATS))}")
     preferences: list[Preference] = []
-    dropped: list[tuple[int, str]] = []
+    dropped: list[tuple[Origin, str]] = []
     for line, record in read_records(path):
+        origin = Origin(source, line)
         if format == "auto":
             try:
                 format = detect_format(record)
             except InputError as error:
-                raise InputError(f"{source}, line {line}: {error}") from None
+                raise InputError(f"{origin}: {error}") from None
         try:
-            preferences.append(preference_of(record, FORMATS[format], source=source, line=line))
+            preferences.append(preference_of(record, FORMATS[format], origin))
         except Unusable as reason:
-            dropped.append((line, str(reason)))
+            dropped.append((origin, str(reason)))
     if not preferences:
         raise InputError(
             f"{source}: none of its {len(dropped)} records is usable, {describe_dropped(dropped)}; "

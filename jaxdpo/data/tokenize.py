@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdpo.data.encoding import EncodingFacts, encode, encoding_facts
 from jaxdpo.data.formats import Unusable, describe_dropped
-from jaxdpo.types import UNRANKED, InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 CHUNK = 1024
 """Preferences per call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar."""
@@ -31,20 +31,20 @@ class TokenizedGroup:
       completions: int32 `[completion tokens]` each, at least one; EOS included where the end was not cut off.
       prompt_truncated: the prompt lost its beginning.
       completions_truncated: which completions lost their end.
-      source: the file it came from, for messages.
-      line: its line in that file, from 1.
+      origin: as `Preference.origin`.
       ranks: as `Preference.ranks`.
       label: as `Preference.label`.
+      margin: as `Preference.margin`.
     """
 
     prompt: np.ndarray
     completions: tuple[np.ndarray, ...]
     prompt_truncated: bool
     completions_truncated: tuple[bool, ...]
-    source: str
-    line: int
+    origin: Origin
     ranks: tuple[int, ...] | None = None
     label: bool | None = None
+    margin: float | None = None
 
     @property
     def candidate_ranks(self) -> tuple[int, ...]:
@@ -78,16 +78,16 @@ class TokenizedDataset:
       groups: in file order.
       tokens: int32 `[len(groups)]`, `TokenizedGroup.tokens` of each.
       slots: int32 `[len(groups)]`, `TokenizedGroup.slots` of each.
-      dropped: `(line, reason)` of every preference that tokenisation left without use.
+      dropped: `(origin, reason)` of every preference that tokenisation left without use.
     """
 
     groups: list[TokenizedGroup]
     tokens: np.ndarray
     slots: np.ndarray
-    dropped: tuple[tuple[int, str], ...]
+    dropped: tuple[tuple[Origin, str], ...]
 
     @classmethod
-    def of(cls, groups: list[TokenizedGroup], dropped: Sequence[tuple[int, str]] = ()) -> "TokenizedDataset":
+    def of(cls, groups: list[TokenizedGroup], dropped: Sequence[tuple[Origin, str]] = ()) -> "TokenizedDataset":
         """The dataset of these groups, counted."""
         tokens = np.array([group.tokens for group in groups], np.int32)
         slots = np.array([group.slots for group in groups], np.int32)
@@ -170,7 +170,7 @@ def tokenize_dataset(
     _check_max_length(max_length, facts)
     _check_one_kind(preferences)
     groups: list[TokenizedGroup] = []
-    dropped: list[tuple[int, str]] = []
+    dropped: list[tuple[Origin, str]] = []
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
         ids = iter(encode(tokenizer, [text for item in chunk for text in (item.prompt, *item.completions)]))
@@ -179,7 +179,7 @@ def tokenize_dataset(
             try:
                 groups.append(_group(item, prompt, completions, facts, max_length))
             except Unusable as reason:
-                dropped.append((item.line, str(reason)))
+                dropped.append((item.origin, str(reason)))
         if progress is not None:
             progress(len(chunk))
     if not groups:
@@ -212,10 +212,10 @@ def _group(
         completions=tuple(np.array(ids, np.int32) for ids in cut),
         prompt_truncated=len(kept) < len(text),
         completions_truncated=tuple(len(ids) > completion_limit for ids in ended),
-        source=preference.source,
-        line=preference.line,
+        origin=preference.origin,
         ranks=preference.ranks,
         label=preference.label,
+        margin=preference.margin,
     )
 
 
@@ -223,7 +223,7 @@ def _check_one_kind(preferences: Sequence[Preference]) -> None:
     for item in preferences:
         if (item.label is None) != (preferences[0].label is None):
             raise InputError(
-                f"{item.source}, line {item.line}: label is {item.label}, but {preferences[0].label} in the first of "
+                f"{item.origin}: label is {item.label}, but {preferences[0].label} in the first of "
                 "these preferences; allowed: true or false in all of them, or None in all; make two datasets"
             )
 

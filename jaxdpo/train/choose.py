@@ -119,7 +119,7 @@ def _check_data(name: str, path: str, dataset: TokenizedDataset) -> None:
         for group in dataset.groups:
             if group.ranks is not None and group.ranks[1] == 0:
                 raise InputError(
-                    f"{group.source}, line {group.line}: completions tie for the first rank, and --loss {name} needs "
+                    f"{group.origin}: completions tie for the first rank, and --loss {name} needs "
                     "one best; allowed: plackett_luce or a loss of pairs; choose one of them, or break the tie"
                 )
 

@@ -72,8 +72,8 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
         if len(data) > 1:
             before, held_out = held_out_evaluation(loss, scalars, program, data[1].dataset, layout, state)
         reference = _reference(config, ready, program, schedule.total if start < schedule.total else 0)
-        lines = [group.line for group in data[0].dataset.groups]
-        objective = Objective(loss, scalars, reference, decoder.compute_dtype, lines)
+        origins = [group.origin for group in data[0].dataset.groups]
+        objective = Objective(loss, scalars, reference, decoder.compute_dtype, origins)
         if start:
             state = _resumed(state, checkpoints)
         with contextlib.closing(MetricsWriter(run.metrics, resume_step=start)) as writer:

@@ -18,7 +18,7 @@ from jaxdpo.train.objective import Sums, group_data, group_losses, step_counts
 from jaxdpo.train.state import TrainState, move_reference
 from jaxdpo.train.step import Microbatch, StepPrograms, run_step, shortest
 from jaxdpo.train.writer import MetricsWriter
-from jaxdpo.types import Batch, RunStopped
+from jaxdpo.types import Batch, Origin, RunStopped
 
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """How far the first loss may be from that of a policy equal to its reference (ln 2 for DPO), by compute dtype; in
@@ -56,8 +56,8 @@ class Objective(NamedTuple):
     reference: DatasetLogps | MovingReference | None
     """Stored log-probs, a reference that moves, or none."""
     dtype: str
-    lines: Sequence[int] = ()
-    """Line in its file of each example, for messages; empty where there is no file."""
+    origins: Sequence[Origin] = ()
+    """Where each example came from, for messages; empty where there is no file."""
 
     def ref_logps(self, state: TrainState, batch: Batch) -> Any:
         """`[rows, slots]` log-probs of the reference on a batch; None without one."""
@@ -107,7 +107,9 @@ def train(
             state, metrics, losses = run_step(programs, state, microbatches, counts, objective.scalars)
             seconds = time.perf_counter() - began
             if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
-                raise FloatingPointError(_not_finite(step + 1, metrics, batches, losses, objective.lines, checkpoints))
+                raise FloatingPointError(
+                    _not_finite(step + 1, metrics, batches, losses, objective.origins, checkpoints)
+                )
             if step == 0:
                 check_first_loss(metrics, microbatches, objective)
             moving = objective.reference if isinstance(objective.reference, MovingReference) else None
@@ -173,18 +175,18 @@ def _not_finite(
     metrics: Mapping[str, float],
     batches: list[Batch],
     losses: list[Any],
-    lines: Sequence[int],
+    origins: Sequence[Origin],
     checkpoints: Checkpoints,
 ) -> str:
     ids = np.concatenate([batch.example_id[batch.group_mask] for batch in batches])
     values = np.concatenate([np.asarray(loss)[batch.group_mask] for batch, loss in zip(batches, losses, strict=True)])
     culprits = sorted((ids[~np.isfinite(values)] if not np.isfinite(values).all() else ids).tolist())
-    of_file = f", lines {[lines[i] for i in culprits]} of the data file" if lines else ""
+    named = f": {'; '.join(str(origins[i]) for i in culprits)}" if origins else ""
     checkpoints.wait()
     saved = checkpoints.latest_step
     where = "no checkpoint was saved yet" if saved is None else f"last good: {checkpoints.directory / str(saved)}"
     return (
         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, not finite; "
-        f"examples (0-based, as kept) {culprits}{of_file}; {where}; "
+        f"examples (0-based, as kept) {culprits}{named}; {where}; "
         "fix: look at these examples, or lower --learning-rate in another --output-dir"
     )

@@ -135,12 +135,12 @@ def _check_fits(dataset: TokenizedDataset, architecture: TransformerConfig) -> N
     for group in dataset.groups:
         if group.longest_path > positions:
             raise InputError(
-                f"{group.source}, line {group.line}: prompt and completion have {group.longest_path} tokens; allowed: "
+                f"{group.origin}: prompt and completion have {group.longest_path} tokens; allowed: "
                 f"the model's {positions} positions; fix: --max-length {positions}, which cuts and counts"
             )
         largest = max(int(ids.max()) for ids in (group.prompt, *group.completions))
         if largest >= vocabulary:
             raise InputError(
-                f"{group.source}, line {group.line}: the tokenizer gives id {largest}; allowed: below the model's "
+                f"{group.origin}: the tokenizer gives id {largest}; allowed: below the model's "
                 f"vocabulary of {vocabulary}; fix: use the model's own tokenizer, or resize its embeddings"
             )

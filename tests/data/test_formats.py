@@ -3,7 +3,7 @@ import math
 import pytest
 
 from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, preference_of
-from jaxdpo.types import UNRANKED, InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 TURNS = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"
@@ -16,7 +16,7 @@ TEXT = {"pairs": "rejected", "hh": "rejected", "unpaired": "completion"}
 
 
 def preference(record, name):
-    return preference_of(record, FORMATS[name], source="data.jsonl", line=3)
+    return preference_of(record, FORMATS[name], Origin("data.jsonl", 3))
 
 
 def test_every_format_has_a_record_here():
@@ -31,7 +31,7 @@ def test_format_is_detected_and_extra_fields_are_ignored(name):
 
 
 def test_pairs():
-    assert preference(PAIR, "pairs") == Preference("Q:", (" yes", " no"), "data.jsonl", 3)
+    assert preference(PAIR, "pairs") == Preference("Q:", (" yes", " no"), Origin("data.jsonl", 3))
 
 
 def test_an_empty_prompt_is_legal():
@@ -39,11 +39,11 @@ def test_an_empty_prompt_is_legal():
 
 
 def test_hh_splits_at_the_last_turn_and_keeps_the_leading_space():
-    assert preference(HH, "hh") == Preference(TURNS, (" See you!", " Go."), "data.jsonl", 3)
+    assert preference(HH, "hh") == Preference(TURNS, (" See you!", " Go."), Origin("data.jsonl", 3))
 
 
 def test_ranked_stands_best_first():
-    assert preference(RANKED, "ranked") == Preference("Q:", (" yes", " so so", " no"), "data.jsonl", 3)
+    assert preference(RANKED, "ranked") == Preference("Q:", (" yes", " so so", " no"), Origin("data.jsonl", 3))
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,15 @@ def test_ranked_stands_best_first():
 def test_ranked_in_any_order_becomes_best_first(field, values, order, ranks):
     texts = dict(zip("abcde", (" A", " B", " C", " D", " E"), strict=True))
     record = {"prompt": "Q:", "completions": list(texts.values())[: len(values)], field: values}
-    assert preference(record, "ranked") == Preference("Q:", tuple(texts[i] for i in order), "data.jsonl", 3, ranks)
+    assert preference(record, "ranked") == Preference(
+        "Q:", tuple(texts[i] for i in order), Origin("data.jsonl", 3), ranks
+    )
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_unpaired(label):
     assert preference({**UNPAIRED, "label": label}, "unpaired") == Preference(
-        "Q:", (" no",), "data.jsonl", 3, label=label
+        "Q:", (" no",), Origin("data.jsonl", 3), label=label
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from jaxdpo.data.partners import _Runs, with_partners
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup, tokenize_dataset
-from jaxdpo.types import UNRANKED, InputError, Preference, check_batch
+from jaxdpo.types import UNRANKED, InputError, Origin, Preference, check_batch
 from tests import tiny
 from tests.data.toy_tokenizers import EOS, SMOLLM_LIKE
 from tests.data.trees import expected_paths, read_paths
@@ -19,7 +19,9 @@ def judged(*texts, truncated=False):
     groups = []
     for line, text in enumerate(texts, start=1):
         prompt, completion = (np.array([ord(letter) for letter in part], np.int32) for part in text.split("|"))
-        groups.append(TokenizedGroup(prompt, (completion,), truncated, (truncated,), "data.jsonl", line, label=True))
+        groups.append(
+            TokenizedGroup(prompt, (completion,), truncated, (truncated,), Origin("data.jsonl", line), label=True)
+        )
     return TokenizedDataset.of(groups)
 
 
@@ -67,7 +69,7 @@ def test_what_a_partner_leaves_as_it_is():
     made = with_partners(data, LONG)
     for before, after in zip(data.groups, made.groups, strict=True):
         np.testing.assert_array_equal(after.completions[0], before.completions[0])
-        assert (after.label, after.line, after.ranks) == (before.label, before.line, None)
+        assert (after.label, after.origin, after.ranks) == (before.label, before.origin, None)
         assert after.completions_truncated == (True, False) and after.prompt_truncated
         assert after.candidate_ranks == (0, UNRANKED)
     assert made.tokens.tolist() == [3, 3] and made.slots.tolist() == [2, 2]
@@ -140,7 +142,7 @@ def test_a_long_run_of_one_completion_is_passed_at_once(monkeypatch):
 def test_batches_of_partners_from_text():
     texts = [("Is 1 fine?", " yes", True), ("Is 2 fine?", " no", False), ("3?", " yes" * 9, True)]
     preferences = [
-        Preference(prompt, (text,), "data.jsonl", line, label=label)
+        Preference(prompt, (text,), Origin("data.jsonl", line), label=label)
         for line, (prompt, text, label) in enumerate(texts, start=1)
     ]
     data = with_partners(tokenize_dataset(preferences, SMOLLM_LIKE, 24), 24)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxdpo.data.sources import file_digest, load_preferences, read_records
-from jaxdpo.types import UNRANKED, InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 LINE = json.dumps(PAIR).encode()
@@ -91,10 +91,10 @@ def test_load_pairs(write):
     loaded = load_preferences(path)
     assert loaded.format == "pairs"
     assert loaded.preferences == [
-        Preference("Q:", (" yes", " no"), str(path), 1),
-        Preference("R:", (" yes", " no"), str(path), 3),
+        Preference("Q:", (" yes", " no"), Origin(str(path), 1)),
+        Preference("R:", (" yes", " no"), Origin(str(path), 3)),
     ]
-    assert loaded.dropped == ((2, "two completions are equal"),)
+    assert loaded.dropped == ((Origin(str(path), 2), "two completions are equal"),)
     assert loaded.digest == file_digest(path)
     assert loaded.summary() == f"{path}: 2 preferences (pairs), dropped 1: row 1 (line 2): two completions are equal"
 
@@ -114,9 +114,9 @@ def test_load_hh_drops_by_row_what_holds_no_preference(write):
     loaded = load_preferences(path)
     assert (loaded.format, len(loaded.preferences)) == ("hh", 1)
     assert loaded.dropped == (
-        (2, "a completion is empty"),
-        (3, "chosen and rejected have different prompts"),
-        (4, "two completions are equal"),
+        (Origin(str(path), 2), "a completion is empty"),
+        (Origin(str(path), 3), "chosen and rejected have different prompts"),
+        (Origin(str(path), 4), "two completions are equal"),
     )
 
 
@@ -130,8 +130,8 @@ def test_load_rankings(write):
     )
     loaded = load_preferences(path)
     assert loaded.preferences == [
-        Preference("Q:", (" b", " a", " c"), str(path), 1, ranks=(0, UNRANKED, UNRANKED)),
-        Preference("Q:", (" a", " b"), str(path), 2),
+        Preference("Q:", (" b", " a", " c"), Origin(str(path), 1), ranks=(0, UNRANKED, UNRANKED)),
+        Preference("Q:", (" a", " b"), Origin(str(path), 2)),
     ]
     assert loaded.summary() == f"{path}: 2 preferences (ranked), dropped 1: row 2 (line 3): all completions tie"
 

@@ -7,7 +7,7 @@ from jaxdpo.data import tokenize
 from jaxdpo.data.encoding import EncodingFacts, encoding_facts
 from jaxdpo.data.formats import Unusable
 from jaxdpo.data.tokenize import tokenize_dataset, tokenize_preference
-from jaxdpo.types import UNRANKED, InputError, Preference
+from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 from tests.data.toy_tokenizers import (
     BERT_LIKE,
     BOS,
@@ -35,7 +35,7 @@ each_tokenizer = pytest.mark.parametrize("tokenizer, facts", TOKENIZERS.values()
 
 
 def preference(prompt, *completions, line=1, ranks=None, label=None):
-    return Preference(prompt, completions, "data.jsonl", line, ranks, label)
+    return Preference(prompt, completions, Origin("data.jsonl", line), ranks, label)
 
 
 def ids(text):
@@ -59,7 +59,7 @@ def test_bos_stands_where_the_tokenizer_puts_it_and_eos_ends_every_completion(to
     assert not group.prompt_truncated and group.completions_truncated == (False, False)
     assert (group.slots, group.tokens) == (5 + 9, len(group.prompt) + 14)
     assert group.longest_path == len(group.prompt) + 9
-    assert (group.source, group.line) == ("data.jsonl", 1)
+    assert group.origin == Origin("data.jsonl", 1)
 
 
 @each_tokenizer
@@ -184,8 +184,11 @@ def test_dataset_counts_what_was_cut_and_names_what_was_dropped():
         preference("x" * 9, "d", "<eos>", line=5),
     ]
     dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8)
-    assert [group.line for group in dataset.groups] == [1, 4]
-    assert dataset.dropped == ((2, "two completions have the same first 4 tokens"), (5, "a completion has no tokens"))
+    assert [group.origin.number for group in dataset.groups] == [1, 4]
+    assert dataset.dropped == (
+        (Origin("data.jsonl", 2), "two completions have the same first 4 tokens"),
+        (Origin("data.jsonl", 5), "a completion has no tokens"),
+    )
     assert (dataset.truncated_prompts, dataset.truncated_completions) == (1, 2)
     assert dataset.summary() == (
         f"2 groups, {3 + 2 + 2 + 4 + 4 + 4} tokens of which {2 + 2 + 4 + 4} are scored, "
@@ -225,7 +228,7 @@ def test_labels_come_through():
 def test_judged_and_compared_completions_do_not_mix(turn):
     preferences = [preference("x", "a", line=1, label=False), preference("x", "a", "b", line=2)][::turn]
     got, first = (item.label for item in preferences[::-1])
-    complaint = f"data.jsonl, line {preferences[1].line}: label is {got}, but {first} in the first of these"
+    complaint = f"data.jsonl, line {preferences[1].origin.number}: label is {got}, but {first} in the first of these"
     with pytest.raises(InputError, match=complaint):
         tokenize_dataset(preferences, SMOLLM_LIKE, 8)
 

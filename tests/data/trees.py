@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup
-from jaxdpo.types import UNRANKED, Batch
+from jaxdpo.types import UNRANKED, Batch, Origin
 
 
 class Path(NamedTuple):
@@ -34,7 +34,7 @@ def group(
     """A group of the given sizes with random ids."""
     rng = np.random.default_rng([seed, row])
     prompt_ids, *ids = (rng.integers(2, 1000, size).astype(np.int32) for size in (prompt, *completions))
-    return TokenizedGroup(prompt_ids, tuple(ids), False, (False,) * len(ids), "trees.jsonl", row, ranks, label)
+    return TokenizedGroup(prompt_ids, tuple(ids), False, (False,) * len(ids), Origin("trees.jsonl", row), ranks, label)
 
 
 def dataset(sizes: list[tuple[int, ...]]) -> TokenizedDataset:

@@ -365,7 +365,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(poisoned, tmp_path, capsys):
     message = capsys.readouterr().err.splitlines()[-1]
     good = root / "checkpoints" / "2"
     assert message.startswith(
-        "jaxdpo: stopped: step 3: loss nan, gradient norm nan, not finite; examples (0-based, as kept) [9], lines [11]"
+        f"jaxdpo: stopped: step 3: loss nan, gradient norm nan, not finite; "
+        f"examples (0-based, as kept) [9]: {poisoned.data}, line 11; "
     )
     assert f"last good: {good}; fix: look at these examples" in message
     assert [row["step"] for row in metrics(root)] == [1, 2]
