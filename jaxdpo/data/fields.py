@@ -1,6 +1,7 @@
 """The fields of a record: each function returns what a field holds, or raises `InputError` that says what it must hold.
 
-An item of a list is named like a field of its own: `'completions[1]'`.
+A null counts as absent, because readers of columns fill the fields that a record lacks with it. What stands inside a
+field is named by its path: `'completions[1]'`, `'chosen[0].role'`.
 """
 
 import math
@@ -22,27 +23,67 @@ _KINDS: dict[type, str] = {
 }
 
 
-def text(record: Record, field: str, *, may_be_empty: bool = False) -> str:
-    """The string in a field."""
+def present(record: Record) -> set[str]:
+    """Names of the fields that hold something.
+
+    Example:
+      >>> sorted(present({"prompt": "", "completion": " 4", "label": None}))
+      ['completion', 'prompt']
+    """
+    return {field for field, value in record.items() if value is not None}
+
+
+def text(record: Record, field: str, *, may_be_empty: bool = False, within: str = "") -> str:
+    """The string in a field; `within` is the path of the record if it stands inside another: `chosen[0].`."""
     allowed = _allowed_text(may_be_empty)
-    return _checked_text(field, _value(record, field, allowed), allowed, may_be_empty)
+    return _checked_text(within + field, _value(record, field, allowed, within), allowed, may_be_empty)
 
 
-def texts(record: Record, field: str, *, at_least: int) -> tuple[str, ...]:
-    """The strings in a field, none of them empty."""
-    allowed = f"a list of {at_least} strings or more"
-    values = _list(record, field, allowed)
-    if len(values) < at_least:
-        raise InputError(f"field {field!r} has {len(values)} entries; allowed: {allowed}; add to it or delete the line")
+def texts(record: Record, field: str) -> tuple[str, ...]:
+    """Two strings or more, none of them empty."""
+    values = several(record, field, "a list of 2 strings or more")
     return tuple(_checked_text(f"{field}[{i}]", value, _allowed_text(), False) for i, value in enumerate(values))
+
+
+def several(record: Record, field: str, allowed: str) -> list:
+    """The list in a field, of at least two entries."""
+    values = listed(record, field, allowed)
+    if len(values) < 2:
+        raise InputError(f"field {field!r} has {len(values)} entries; allowed: {allowed}; add to it or delete the line")
+    return values
+
+
+def listed(record: Record, field: str, allowed: str) -> list:
+    """The list in a field."""
+    value = _value(record, field, allowed)
+    if not isinstance(value, list):
+        raise InputError(f"field {field!r} is {shown(value)}; allowed: {allowed}; write it as a JSON list")
+    return value
 
 
 def boolean(record: Record, field: str) -> bool:
     """The truth value in a field; 0 and 1 are none, they could as well be ranks."""
     value = _value(record, field, "true or false")
     if not isinstance(value, bool):
-        raise InputError(f"field {field!r} is {_shown(value)}; allowed: true or false; write one of them")
+        raise InputError(f"field {field!r} is {shown(value)}; allowed: true or false; write one of them")
     return value
+
+
+def optional_number(record: Record, field: str) -> float | None:
+    """The finite number in a field; None where it is absent."""
+    if (value := record.get(field)) is None:
+        return None
+    if not _is_score(value):
+        raise InputError(
+            f"field {field!r} is {shown(value)}; allowed: a finite number, or null: not stated; correct the line"
+        )
+    try:
+        return float(value)
+    except OverflowError:  # JSON can spell whole numbers that no float holds
+        raise InputError(
+            f"field {field!r} is a whole number of {len(str(abs(value)))} digits; allowed: a number that a float "
+            "holds; correct the line"
+        ) from None
 
 
 def ranks(record: Record, field: str, count: int) -> list[int | None]:
@@ -55,8 +96,24 @@ def scores(record: Record, field: str, count: int) -> list[float]:
     return _for_each(record, field, count, _is_score, "a finite number, higher is better")
 
 
+def check_utf8(name: str, value: str) -> None:
+    """Raises InputError where a string holds half of a surrogate pair: JSON can spell it, no tokenizer takes it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"field {name!r} holds {value[error.start]!a}, half of a surrogate pair, at character {error.start}; "
+            "allowed: text that can be written as UTF-8; delete the character"
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """A number as it stands, anything else by its kind, because it can be long."""
+    return str(value) if _is_number(value, int | float) else _KINDS.get(type(value), type(value).__name__)
+
+
 def _for_each(record: Record, field: str, count: int, holds: Callable[[Any], bool], allowed: str) -> list:
-    values = _list(record, field, f"a list of {count} numbers, one for each completion")
+    values = listed(record, field, f"a list of {count} numbers, one for each completion")
     if len(values) != count:
         raise InputError(
             f"field {field!r} has {len(values)} entries for {count} completions; allowed: one for each; "
@@ -64,7 +121,7 @@ def _for_each(record: Record, field: str, count: int, holds: Callable[[Any], boo
         )
     for i, value in enumerate(values):
         if not holds(value):
-            raise InputError(f"field '{field}[{i}]' is {_shown(value)}; allowed: {allowed}; correct the line")
+            raise InputError(f"field '{field}[{i}]' is {shown(value)}; allowed: {allowed}; correct the line")
     return values
 
 
@@ -81,17 +138,14 @@ def _is_number(value: Any, kinds: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _value(record: Record, field: str, allowed: str) -> Any:
+def _value(record: Record, field: str, allowed: str, within: str = "") -> Any:
     if field not in record:
-        raise InputError(f"field {field!r} is missing; got the fields {sorted(record)}; allowed: {allowed}; add it")
+        raise InputError(
+            f"field {within + field!r} is missing; got the fields {sorted(record)}; allowed: {allowed}; add it"
+        )
+    if record[field] is None:
+        raise InputError(f"field {within + field!r} is null; allowed: {allowed}; fill it or delete the line")
     return record[field]
-
-
-def _list(record: Record, field: str, allowed: str) -> list:
-    value = _value(record, field, allowed)
-    if not isinstance(value, list):
-        raise InputError(f"field {field!r} is {_shown(value)}; allowed: {allowed}; write it as a JSON list")
-    return value
 
 
 def _allowed_text(may_be_empty: bool = False) -> str:
@@ -102,20 +156,9 @@ def _checked_text(name: str, value: Any, allowed: str, may_be_empty: bool) -> st
     if not isinstance(value, str):
         raise InputError(
             f"field {name!r} is {_KINDS.get(type(value), type(value).__name__)}; allowed: {allowed}; write it as text, "
-            "messages as the model's chat template renders them (tokenizer.apply_chat_template)"
+            "or choose the format 'messages' where it holds messages"
         )
     if not value and not may_be_empty:
         raise InputError(f"field {name!r} is ''; allowed: {allowed}; fill it or delete the line")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise InputError(
-            f"field {name!r} holds {value[error.start]!a}, half of a surrogate pair, at character {error.start}; "
-            "allowed: text that can be written as UTF-8; delete the character"
-        ) from None
+    check_utf8(name, value)
     return value
-
-
-def _shown(value: Any) -> str:
-    """A number as it stands, anything else by its kind, because it can be long."""
-    return str(value) if _is_number(value, int | float) else _KINDS.get(type(value), type(value).__name__)

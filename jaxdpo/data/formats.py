@@ -1,71 +1,37 @@
-r"""From one record of a data file to a prompt and its completions, best first.
+r"""From one record of a data set to a prompt and its completions, best first.
 
 A format is a function `record -> Content` and a line in `FORMATS`. It raises `InputError` where the record breaks the
-format, and `Unusable` where the record is well formed but holds no preference; the caller adds file and line. Fields
+format, and `Unusable` where the record is well formed but holds no preference; the caller adds where it stands. Fields
 that a format does not read are ignored.
 
 >>> preference_of({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}, pairs, Origin("sums.jsonl", 7)).completions
 (' 4', ' 5')
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from jaxdpo.data import fields
+from jaxdpo.data.content import Content, Format, Render, Unusable, best_first
 from jaxdpo.data.fields import Record
-from jaxdpo.types import UNRANKED, InputError, Origin, Preference
-
-ASSISTANT = "\n\nAssistant:"
-"""What opens each of the assistant's turns in Anthropic's HH transcripts."""
-
-
-class Unusable(Exception):
-    """A well-formed record that no preference can be made from; the message is the reason it is dropped for."""
-
-
-class Content(NamedTuple):
-    """What a record says; the fields are those of `Preference`."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    ranks: tuple[int, ...] | None = None
-    label: bool | None = None
-
-
-Format = Callable[[Record], Content]
+from jaxdpo.data.messages import messages
+from jaxdpo.data.transcripts import ASSISTANT, hh, implicit
+from jaxdpo.types import InputError, Origin, Preference
 
 
 def pairs(record: Record) -> Content:
     """A prompt and two completions; only the prompt may be empty.
 
+    `margin`, a number that may be left out, is by how much `chosen` is better.
+
     Example:
       >>> pairs({"prompt": "2+2=", "chosen": " 4", "rejected": " 5", "topic": "sums"})
-      Content(prompt='2+2=', completions=(' 4', ' 5'), ranks=None, label=None)
+      Content(prompt='2+2=', completions=(' 4', ' 5'))
+      >>> pairs({"prompt": "2+2=", "chosen": " 4", "rejected": " 5", "margin": 1.5})
+      Content(prompt='2+2=', completions=(' 4', ' 5'), margin=1.5)
     """
     prompt = fields.text(record, "prompt", may_be_empty=True)
-    return Content(prompt, (fields.text(record, "chosen"), fields.text(record, "rejected")))
-
-
-def hh(record: Record) -> Content:
-    r"""Two whole transcripts of Anthropic's HH-RLHF, split at the last turn of the assistant.
-
-    The prompt ends with that turn's marker; the completion keeps its leading space.
-
-    Example:
-      >>> content = hh({
-      ...     "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: Well!",
-      ...     "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: Go away.",
-      ... })
-      >>> content.prompt
-      '\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:'
-      >>> content.completions
-      (' Well!', ' Go away.')
-    """
-    (prompt, chosen), (rejected_prompt, rejected) = _split(record, "chosen"), _split(record, "rejected")
-    if prompt != rejected_prompt:
-        raise Unusable("chosen and rejected have different prompts")
-    return Content(prompt, (chosen, rejected))
+    completions = fields.text(record, "chosen"), fields.text(record, "rejected")
+    return Content(prompt, completions, margin=fields.optional_number(record, "margin"))
 
 
 def ranked(record: Record) -> Content:
@@ -76,27 +42,16 @@ def ranked(record: Record) -> Content:
 
     Example:
       >>> ranked({"prompt": "2+2=", "completions": [" 4", " 5", " 22"]})
-      Content(prompt='2+2=', completions=(' 4', ' 5', ' 22'), ranks=None, label=None)
+      Content(prompt='2+2=', completions=(' 4', ' 5', ' 22'))
       >>> ranked({"prompt": "2+2=", "completions": [" 5", " 4", " 22"], "scores": [0.5, 1, -3]})
-      Content(prompt='2+2=', completions=(' 4', ' 5', ' 22'), ranks=None, label=None)
+      Content(prompt='2+2=', completions=(' 4', ' 5', ' 22'))
       >>> ranked({"prompt": "2+2=", "completions": [" 5", " 4", " four", " 22"], "ranks": [2, 1, 1, 3]})
-      Content(prompt='2+2=', completions=(' 4', ' four', ' 5', ' 22'), ranks=(0, 0, 1, 2), label=None)
+      Content(prompt='2+2=', completions=(' 4', ' four', ' 5', ' 22'), ranks=(0, 0, 1, 2))
       >>> ranked({"prompt": "2+2=", "completions": [" 5", " 4", " 22"], "ranks": [None, 1, None]}).ranks
       (0, 2147483647, 2147483647)
     """
     prompt = fields.text(record, "prompt", may_be_empty=True)
-    completions = fields.texts(record, "completions", at_least=2)
-    keys = _sort_keys(record, len(completions))
-    if keys is None:
-        return Content(prompt, completions)
-    levels = sorted(set(keys))
-    if len(levels) == 1:
-        raise Unusable("no completion is ranked" if levels == [math.inf] else "all completions tie")
-    dense = {key: UNRANKED if key == math.inf else rank for rank, key in enumerate(levels)}
-    order = sorted(range(len(keys)), key=keys.__getitem__)  # tied completions stay as they stand
-    ranks = tuple(dense[keys[i]] for i in order)
-    strict = ranks == tuple(range(len(ranks)))
-    return Content(prompt, tuple(completions[i] for i in order), None if strict else ranks)
+    return best_first(record, prompt, fields.texts(record, "completions"))
 
 
 def unpaired(record: Record) -> Content:
@@ -104,76 +59,126 @@ def unpaired(record: Record) -> Content:
 
     Example:
       >>> unpaired({"prompt": "2+2=", "completion": " 5", "label": False})
-      Content(prompt='2+2=', completions=(' 5',), ranks=None, label=False)
+      Content(prompt='2+2=', completions=(' 5',), label=False)
+    """
+    return completion(record)._replace(label=fields.boolean(record, "label"))
+
+
+def completion(record: Record) -> Content:
+    """A prompt and one completion to imitate.
+
+    Example:
+      >>> completion({"prompt": "2+2=", "completion": " 4"})
+      Content(prompt='2+2=', completions=(' 4',))
     """
     prompt = fields.text(record, "prompt", may_be_empty=True)
-    return Content(prompt, (fields.text(record, "completion"),), label=fields.boolean(record, "label"))
+    return Content(prompt, (fields.text(record, "completion"),))
+
+
+def text(record: Record) -> Content:
+    """A text to imitate, all of it.
+
+    Example:
+      >>> text({"text": "2+2=4"})
+      Content(prompt='', completions=('2+2=4',))
+    """
+    return Content("", (fields.text(record, "text"),))
 
 
 FORMATS: dict[str, Format] = {
     "pairs": pairs,
+    "implicit": implicit,
     "hh": hh,
     "ranked": ranked,
     "unpaired": unpaired,
+    "completion": completion,
+    "text": text,
+    "messages": messages,
 }
 
-DETECTED_BY: dict[str, tuple[str, ...]] = {
-    "pairs": ("prompt", "chosen", "rejected"),
-    "ranked": ("prompt", "completions"),
-    "unpaired": ("prompt", "completion", "label"),
+
+def _holds_turns(record: Record) -> bool:
+    """Whether both texts are transcripts of HH."""
+    return all(isinstance(record[field], str) and ASSISTANT in record[field] for field in ("chosen", "rejected"))
+
+
+DETECTED_BY: dict[str, tuple[set[str], set[str], Callable[[Record], bool]]] = {
+    "pairs": ({"prompt", "chosen", "rejected"}, set(), lambda record: True),
+    "implicit": ({"chosen", "rejected"}, {"prompt"}, lambda record: not _holds_turns(record)),
+    "hh": ({"chosen", "rejected"}, {"prompt"}, _holds_turns),
+    "ranked": ({"prompt", "completions"}, set(), lambda record: True),
+    "unpaired": ({"prompt", "completion", "label"}, set(), lambda record: True),
+    "completion": ({"prompt", "completion"}, {"label"}, lambda record: True),
+    "text": ({"text"}, set(), lambda record: True),
 }
-"""Fields that a record must have to be taken for one of a format; `hh` is what else has two transcripts."""
+"""Format of text -> the fields that a record of it has, those that it has not, and what else holds of it. The same
+fields with lists in them, and `messages`, are the format `messages`."""
 
 
 def detect_format(record: Record) -> str:
-    r"""Name in `FORMATS` of the format that the first record of a file is in: the one whose fields it has.
+    r"""Name in `FORMATS` of the format that the first record of a source is in: the one whose fields it has.
 
     Raises:
       InputError: if it is in none of them, or in two; the message lists the formats and the record's fields.
     Example:
       >>> detect_format({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"})
       'pairs'
+      >>> detect_format({"chosen": "2+2=4", "rejected": "2+2=5"})
+      'implicit'
       >>> detect_format({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."})
       'hh'
       >>> detect_format({"prompt": "2+2=", "completions": [" 4", " 5", " 22"]})
       'ranked'
       >>> detect_format({"prompt": "2+2=", "completion": " 5", "label": False})
       'unpaired'
+      >>> detect_format({"prompt": "2+2=", "completion": " 4", "label": None})
+      'completion'
+      >>> detect_format({"text": "2+2=4"})
+      'text'
+      >>> detect_format({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]})
+      'messages'
     """
-    fits = [name for name, needed in DETECTED_BY.items() if record.keys() >= set(needed)]
-    transcripts = [record.get("chosen"), record.get("rejected")]
-    if not fits and all(isinstance(text, str) and ASSISTANT in text for text in transcripts):
-        return "hh"
+    there = fields.present(record)
+    fits: dict[str, None] = {"messages": None} if "messages" in there else {}
+    for name, (needed, absent, holds) in DETECTED_BY.items():
+        if there >= needed and not there & absent and holds(record):
+            fits["messages" if any(_is_conversation(record[field]) for field in needed) else name] = None
     if len(fits) == 1:
-        return fits[0]
-    formats = [f"{name!r} ({', '.join(needed)})" for name, needed in DETECTED_BY.items()]
-    formats.insert(1, f"'hh' (chosen, rejected: transcripts that hold {ASSISTANT!r})")
-    got = f"a record with the fields {sorted(record)}; allowed: one of {', '.join(formats)}"
+        return next(iter(fits))
+    rows = [f"{name!r} ({', '.join(sorted(needed))})" for name, (needed, _, _) in DETECTED_BY.items()]
+    got = f"a record with the fields {sorted(record)}; allowed: one of {', '.join(rows)}, 'messages' (messages, or "
+    got += "messages in the fields of one of the others)"
     if fits:
-        raise InputError(f"{len(fits)} formats fit {got}; say which, in place of 'auto'")
+        raise InputError(f"{len(fits)} formats fit, {', '.join(map(repr, fits))}, {got}; say which, in place of 'auto'")
     raise InputError(f"no format fits {got}; rename the fields to fit one")
 
 
-def preference_of(record: Record, convert: Format, origin: Origin) -> Preference:
+def preference_of(record: Record, convert: Format, origin: Origin, render: Render | None = None) -> Preference:
     """The preference that a record holds.
 
     Args:
-      record: one object of the data file.
+      record: one record of a source.
       convert: a value of `FORMATS`.
       origin: where it stands.
+      render: turns messages into texts: a `chat.Renderer`, or `chat.plain`.
     Raises:
-      InputError: if the record breaks the format; the message starts with its origin.
+      InputError: if the record breaks the format or cannot be rendered; the message starts with its origin.
       Unusable: if a completion is blank, two completions are equal, or the format finds no preference in the record.
     """
     try:
         content = convert(record)
+        if templated := not isinstance(content.prompt, str):
+            content = _rendered(content, render)
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
-    if not all(completion.strip() for completion in content.completions):
+    prompt, *completions = (str(part) for part in (content.prompt, *content.completions))
+    if not all(completion.strip() for completion in completions):
         raise Unusable("a completion is empty")
-    if len(set(content.completions)) < len(content.completions):
+    if len(set(completions)) < len(completions):
         raise Unusable("two completions are equal")
-    return Preference(content.prompt, content.completions, origin, content.ranks, content.label)
+    return Preference(
+        prompt, tuple(completions), origin, content.ranks, content.label, content.margin, templated=templated
+    )
 
 
 def describe_dropped(dropped: Sequence[tuple[Origin, str]], *, limit: int = 10) -> str:
@@ -190,26 +195,15 @@ def describe_dropped(dropped: Sequence[tuple[Origin, str]], *, limit: int = 10) 
     return f"dropped {len(dropped)}{': ' if named else ''}{named}{more}"
 
 
-def _split(record: Record, field: str) -> tuple[str, str]:
-    """The transcript in a field, cut behind its last `ASSISTANT`."""
-    before, marker, completion = fields.text(record, field).rpartition(ASSISTANT)
-    if not marker:
+def _rendered(content: Content, render: Render | None) -> Content:
+    if render is None:
         raise InputError(
-            f"field {field!r} holds no {ASSISTANT!r}; allowed: a transcript in which the assistant speaks last; "
-            "fix the line, or use the format 'pairs'"
+            "the record holds messages, and there is no chat template to write them as text; allowed: text; "
+            "pass render=Renderer(tokenizer)"
         )
-    return before + marker, completion
+    return render(content)
 
 
-def _sort_keys(record: Record, count: int) -> list[float] | None:
-    """By what the completions are sorted, lowest first, infinity if not ranked; None: they stand best first."""
-    if "ranks" in record and "scores" in record:
-        raise InputError(
-            "the record has both fields 'ranks' and 'scores'; allowed: one of them, or neither where the completions "
-            "stand best first; delete one"
-        )
-    if "ranks" in record:
-        return [math.inf if rank is None else rank for rank in fields.ranks(record, "ranks", count)]
-    if "scores" in record:
-        return [-score for score in fields.scores(record, "scores", count)]
-    return None
+def _is_conversation(value: object) -> bool:
+    """Whether a field holds messages, or lists of them."""
+    return isinstance(value, list) and any(isinstance(part, dict | list) for part in value)

@@ -1,22 +1,45 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, preference_of
+from jaxdpo.data.chat import plain
+from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, implicit, preference_of
 from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 TURNS = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"
 HH = {"chosen": TURNS + " See you!", "rejected": TURNS + " Go."}
+IMPLICIT = {"chosen": "Q: yes", "rejected": "Q: no"}
 RANKED = {"prompt": "Q:", "completions": [" yes", " so so", " no"]}
 UNPAIRED = {"prompt": "Q:", "completion": " no", "label": False}
-RECORDS = {"pairs": PAIR, "hh": HH, "ranked": RANKED, "unpaired": UNPAIRED}
-TEXT = {"pairs": "rejected", "hh": "rejected", "unpaired": "completion"}
+COMPLETION = {"prompt": "Q:", "completion": " yes"}
+MESSAGES = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "yes"}]}
+RECORDS = {
+    "pairs": PAIR,
+    "implicit": IMPLICIT,
+    "hh": HH,
+    "ranked": RANKED,
+    "unpaired": UNPAIRED,
+    "completion": COMPLETION,
+    "text": {"text": "Q: yes"},
+    "messages": MESSAGES,
+}
+TEXT = {
+    "pairs": "rejected",
+    "implicit": "rejected",
+    "hh": "rejected",
+    "unpaired": "completion",
+    "completion": "completion",
+    "text": "text",
+}
 """Of each format a field that holds one text."""
+COMPARED = ["pairs", "implicit", "hh"]
 
 
 def preference(record, name):
-    return preference_of(record, FORMATS[name], Origin("data.jsonl", 3))
+    return preference_of(record, FORMATS[name], Origin("data.jsonl", 3), plain)
 
 
 def test_every_format_has_a_record_here():
@@ -25,7 +48,7 @@ def test_every_format_has_a_record_here():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_is_detected_and_extra_fields_are_ignored(name):
-    record = {**RECORDS[name], "id": 7, "notes": None}
+    record = {**RECORDS[name], "id": 7, "notes": None, "label": RECORDS[name].get("label"), "scores": None}
     assert detect_format(record) == name
     assert preference(record, name) == preference(RECORDS[name], name)
 
@@ -95,12 +118,14 @@ def test_unpaired(label):
 def test_bad_field_is_an_error_that_names_file_row_and_field(name, value, complaint):
     with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field '{TEXT[name]}' {complaint}"):
         preference({**RECORDS[name], TEXT[name]: value}, name)
-    if name != "hh":
+    if name == "pairs":
         with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field 'completions\[1\]' {complaint}"):
             preference({**RANKED, "completions": [" yes", value]}, "ranked")
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, record in RECORDS.items() for field in record])
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, record in RECORDS.items() if name != "messages" for field in record]
+)
 def test_missing_field_is_an_error_that_names_what_is_there(name, field):
     record = {key: value for key, value in RECORDS[name].items() if key != field}
     with pytest.raises(InputError) as error:
@@ -109,7 +134,7 @@ def test_missing_field_is_an_error_that_names_what_is_there(name, field):
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("name", ["pairs", "ranked", "unpaired"])
+@pytest.mark.parametrize("name", ["pairs", "ranked", "unpaired", "completion"])
 def test_prompt_must_be_text(name):
     with pytest.raises(InputError, match=r"^data\.jsonl, line 3: field 'prompt' is a list"):
         preference({**RECORDS[name], "prompt": ["Q:"]}, name)
@@ -123,7 +148,6 @@ def test_prompt_must_be_text(name):
         ({"completions": []}, "field 'completions' has 0 entries; allowed: a list of 2 strings or more; "),
         ({"completions": [" yes"]}, "field 'completions' has 1 entries; allowed: a list of 2 strings or more; "),
         ({"ranks": 1}, "field 'ranks' is 1; allowed: a list of 3 numbers, one for each completion; "),
-        ({"ranks": None}, "field 'ranks' is null; allowed: a list of 3 numbers, one for each completion; "),
         ({"ranks": [1, 2]}, "field 'ranks' has 2 entries for 3 completions; allowed: one for each; "),
         ({"ranks": [1, 2, 3, 4]}, "field 'ranks' has 4 entries for 3 completions; allowed: one for each; "),
         ({"ranks": [1, 2.5, 3]}, "field 'ranks[1]' is 2.5; allowed: a whole number, lower is better, or null: "),
@@ -171,6 +195,15 @@ def test_transcript_without_assistant_is_an_error():
         ("ranked", {"scores": [0.5, 0.5, 0.5]}, "all completions tie"),
         ("ranked", {"ranks": [None, None, None]}, "no completion is ranked"),
         ("unpaired", {"completion": "\t"}, "a completion is empty"),
+        ("completion", {"completion": "\u3000"}, "a completion is empty"),
+        ("text", {"text": " "}, "a completion is empty"),
+        ("implicit", {"chosen": "Q: yes", "rejected": "Q: yes"}, "two completions are equal"),
+        ("implicit", {"chosen": " ", "rejected": "Q: no"}, "a completion is empty"),
+        (
+            "implicit",
+            {"chosen": "User: Hi\nAssistant: Hello", "rejected": "User: Hey\nAssistant: Hello"},
+            "chosen and rejected have different prompts",
+        ),
     ],
 )
 def test_unusable_record_is_told_from_a_bad_one(name, change, reason):
@@ -182,11 +215,11 @@ def test_unusable_record_is_told_from_a_bad_one(name, change, reason):
     "record",
     [
         {},
-        {"text": "a"},
-        {"chosen": "a", "rejected": "b"},
-        {"chosen": 1, "rejected": 2},
+        {"answer": "a"},
+        {"chosen": "a"},
         {"prompt": "a", "chosen": "b"},
-        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": None},
+        {"completion": "b", "label": True},
         {"completions": ["a", "b"]},
     ],
 )
@@ -198,12 +231,115 @@ def test_no_format_fits(record):
     assert str(error.value).endswith("; rename the fields to fit one")
 
 
-@pytest.mark.parametrize("other", [RANKED, UNPAIRED])
-def test_a_record_that_fits_two_formats_is_not_guessed_at(other):
+ASK, SAY = MESSAGES["messages"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]},
+        {"prompt": [ASK], "chosen": "yes", "rejected": "no"},
+        {"prompt": "Q", "chosen": [ASK, SAY], "rejected": [ASK, SAY], "messages": [ASK, SAY]},
+        {"chosen": [ASK, SAY], "rejected": [ASK, SAY]},
+        {"prompt": [ASK], "completions": [[SAY], [SAY]]},
+        {"prompt": [ASK], "completion": [SAY]},
+        {"prompt": [ASK], "completion": [SAY], "label": True},
+        {"messages": "no list"},
+    ],
+)
+def test_fields_with_lists_of_objects_are_messages(record):
+    assert detect_format(record) == "messages"
+
+
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        (RANKED, "2 formats fit, 'pairs', 'ranked', "),
+        (UNPAIRED, "2 formats fit, 'pairs', 'unpaired', "),
+        (MESSAGES, "2 formats fit, 'messages', 'pairs', "),
+        ({**RANKED, "text": "Q: yes"}, "3 formats fit, 'pairs', 'ranked', 'text', "),
+    ],
+)
+def test_a_record_that_fits_several_formats_is_not_guessed_at(other, names):
     record = {**PAIR, **other}
-    with pytest.raises(InputError, match=r"^2 formats fit a record with the fields .*; say which, in place of 'auto'$"):
+    with pytest.raises(InputError, match=rf"^{names}a record with the fields .*; say which, in place of 'auto'$"):
         detect_format(record)
     assert preference(record, "pairs").completions == (" yes", " no")
+
+
+@pytest.mark.parametrize(("margin", "value"), [(2, 2.0), (-0.5, -0.5), (0, 0.0), (None, None)])
+@pytest.mark.parametrize("name", COMPARED)
+def test_margin(name, margin, value):
+    assert preference({**RECORDS[name], "margin": margin}, name).margin == value
+
+
+@pytest.mark.parametrize(
+    ("margin", "complaint"),
+    [
+        ("1", "a string; allowed: a finite number, or null: not stated"),
+        (True, "a boolean; allowed: a finite number"),
+        (math.nan, "nan; allowed: a finite number"),
+        (math.inf, "inf; allowed: a finite number"),
+        (10**400, "a whole number of 401 digits; allowed: a number that a float holds"),
+    ],
+)
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_margin_is_a_finite_number(name, margin, complaint):
+    with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: field 'margin' is {complaint}"):
+        preference({**RECORDS[name], "margin": margin}, name)
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_field_that_is_null_says_nothing(record):
+    nulls = dict.fromkeys(["prompt", "chosen", "rejected", "completions", "completion", "label", "text", "messages"])
+    assert detect_format({**nulls, **record}) == detect_format(record)
+
+
+CHATML = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        pytest.param("The sky is", " blue.", " black.", id="not inside a word"),
+        pytest.param("The sky", " is", " isn't", id="nor inside the word of one"),
+        pytest.param("The sky is", " blue", " green", id="the space belongs to the completion"),
+        pytest.param("The sky is", "  blue", "  green", id="all of them"),
+        pytest.param("The sky is", "\tblue", " green", id="whatever they are"),
+        pytest.param("2+2?\n", "Four", "Five", id="the newline belongs to the prompt"),
+        pytest.param("2+2?\r\n\r\n", "Four", "Five", id="however many"),
+        pytest.param("2+2?\n", "  Four", "  Five", id="not the indentation behind it"),
+        pytest.param("The sky is\n", "\nblue", "black", id="lines end early"),
+        pytest.param("The sky is", " blue", " blue today", id="one begins like the other"),
+        pytest.param("The sky is", " blue", " blue\n", id="white space alone is no completion"),
+        pytest.param("", "blue", "green", id="nothing shared"),
+        pytest.param("", "blue", "blueish", id="one word"),
+        pytest.param("", "天空是蓝色的", "天空是绿色的", id="no white space"),
+        pytest.param("השמיים", " כחולים", " ירוקים", id="right to left"),
+        pytest.param("Look:", " 🙂🙂", " 🙂🙃", id="emoji"),
+        pytest.param("Human: Hi\n\nAssistant:", " Hello you", " Hello there", id="behind the marker"),
+        pytest.param("User: Hi\nAssistant:", "\nHello you", "\nHello there", id="the marker keeps nothing"),
+        pytest.param(CHATML, "Hello you", "Hello there", id="a template's marker"),
+        pytest.param(
+            f"{TURNS}", " Bye.\n\nHuman: So?\n\nAssistant: A", " By.\n\nHuman: So?\n\nAssistant: B", id="turns"
+        ),
+        pytest.param("The Assistant: of", " two", " one", id="no marker inside a line"),
+    ],
+)
+def test_where_an_implicit_prompt_ends(prompt, chosen, rejected):
+    assert preference({"chosen": prompt + chosen, "rejected": prompt + rejected}, "implicit") == Preference(
+        prompt, (chosen, rejected), Origin("data.jsonl", 3)
+    )
+
+
+@given(st.text("ab \n🙂", max_size=12), st.text("ab \n🙂", max_size=6), st.text("ab \n🙂", max_size=6))
+def test_an_implicit_prompt_loses_nothing_and_cuts_no_word(start, end, other):
+    record = {"chosen": start + end + "a", "rejected": start + other + "b"}
+    prompt, completions = implicit(record)[:2]
+    assert [prompt + completion for completion in completions] == list(record.values())
+    for completion in completions:
+        assert completion.strip()
+        assert not prompt or prompt[-1] == "\n" or (completion[0].isspace() and not prompt[-1].isspace())
 
 
 def test_describe_nothing_dropped():
