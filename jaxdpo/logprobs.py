@@ -17,14 +17,29 @@ SLOT_CHUNK = 128
 """Slots of each row that pass the LM head at once: `rows * 128 * vocab` logits are live (25 MiB a row at 49152)."""
 
 
-def _log_sum_sq_probs(logits: jax.Array, log_z: jax.Array) -> jax.Array:
+def _log_sum_sq_probs(logits: jax.Array, log_z: jax.Array, target: jax.Array) -> jax.Array:
+    del target
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * log_z
 
 
-STATISTICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"log_sum_sq_probs": _log_sum_sq_probs}
-"""What a slot can tell besides its log-prob: `(logits [..., vocab], log-sum-exp of them [...]) -> [...]`.
+def _entropy(logits: jax.Array, log_z: jax.Array, target: jax.Array) -> jax.Array:
+    del target
+    return log_z - (jnp.exp(logits - log_z[..., None]) * logits).sum(axis=-1)
 
-`log_sum_sq_probs` is the log of the sum of squared probabilities over the vocabulary, nats, which WPO weighs by.
+
+def _correct(logits: jax.Array, log_z: jax.Array, target: jax.Array) -> jax.Array:
+    return (logits.argmax(axis=-1) == target).astype(log_z.dtype)
+
+
+STATISTICS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "log_sum_sq_probs": _log_sum_sq_probs,
+    "entropy": _entropy,
+    "correct": _correct,
+}
+"""What a slot can tell besides its log-prob: `(logits [..., vocab], log-sum-exp of them [...], target [...]) -> [...]`.
+
+`log_sum_sq_probs` is the log of the sum of squared probabilities over the vocabulary, nats, which WPO weighs by;
+`entropy` is that of the prediction, nats; `correct` is 1 where the target is the likeliest token, else 0.
 """
 
 
@@ -75,7 +90,7 @@ def token_statistics(
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]  # [rows, width]
         log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
         constant = jax.lax.stop_gradient((logits, log_z))
-        return picked - log_z, {name: STATISTICS[name](*constant) for name in statistics}
+        return picked - log_z, {name: STATISTICS[name](*constant, target) for name in statistics}
 
     states = constrain(jnp.take_along_axis(hidden, batch.slot_source[..., None], axis=1), "batch", None, None)
     _, chunked = jax.lax.scan(

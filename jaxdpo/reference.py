@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
+from jaxdpo.forward import forward_batches
 from jaxdpo.logprobs import sequence_logps, token_statistics
 from jaxdpo.models import Decoder
-from jaxdpo.sharding import place_batch
 from jaxdpo.types import Batch
 
 
@@ -80,18 +79,13 @@ def dataset_logps(
     tokens: dict[int, np.ndarray] = {}
     sums: dict[int, dict[str, np.ndarray]] = {}
     mask: dict[int, np.ndarray] = {}
-    with tqdm.tqdm(total=total, desc=label, unit="pair", leave=False, disable=None) as bar:
-        for batch in batches:
-            candidates = batch.candidate_mask.shape[-1]
-            per_token, per_sequence = jax.device_get(program(params, place_batch(batch, mesh)))
-            for row, group in np.argwhere(batch.group_mask):
-                example = int(batch.example_id[row, group])
-                if example in tokens:
-                    raise ValueError(f"example {example} stands in two places of the batches; allowed: one")
-                tokens[example] = per_token[row, batch.slot_owner[row] // candidates == group]
-                sums[example] = {name: of[row, group].astype(np.float64) for name, of in per_sequence.items()}
-                mask[example] = batch.candidate_mask[row, group]
-            bar.update(int(batch.group_mask.sum()))
+    for batch, (per_token, per_sequence) in forward_batches(program, params, batches, mesh, label=label, total=total):
+        candidates = batch.candidate_mask.shape[-1]
+        for row, group in np.argwhere(batch.group_mask):
+            example = int(batch.example_id[row, group])
+            tokens[example] = per_token[row, batch.slot_owner[row] // candidates == group]
+            sums[example] = {name: of[row, group].astype(np.float64) for name, of in per_sequence.items()}
+            mask[example] = batch.candidate_mask[row, group]
     ids = sorted(tokens)
     if not ids:
         return DatasetLogps(tokens, np.zeros((0, 0)), np.zeros((0, 0), bool), {})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdpo.data.pipeline import all_batches
-from jaxdpo.logprobs import SLOT_CHUNK, candidate_lengths, sequence_logps, token_logps, token_statistics
+from jaxdpo.logprobs import SLOT_CHUNK, STATISTICS, candidate_lengths, sequence_logps, token_logps, token_statistics
 from jaxdpo.models import Decoder
 from tests import tiny
 
@@ -131,34 +131,73 @@ def test_bfloat16_log_probs_are_summed_in_float32():
     assert logps.dtype == sequence_logps(logps, batch).dtype == jnp.float32
 
 
+def _log_sum_of_squares(probs, target):
+    return jnp.log((probs**2).sum())
+
+
+def _entropy(probs, target):
+    return -(probs * jnp.log(probs)).sum()
+
+
+def _correct(probs, target):
+    return float((probs <= probs[target]).all())
+
+
+STATISTICS_OF_PROBS = {"log_sum_sq_probs": _log_sum_of_squares, "entropy": _entropy, "correct": _correct}
+
+
+def test_every_statistic_has_a_definition():
+    assert STATISTICS_OF_PROBS.keys() == STATISTICS.keys()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("float64", 1e-10)])
-def test_log_sum_of_squared_probabilities(dtype, tolerance):
-    """Against the softmax of ordinary logits; 0 in empty slots, and the log-probs are those without it."""
+def test_statistics_of_the_prediction(dtype, tolerance):
+    """Against the softmax of ordinary logits; 0 in empty slots, and the log-probs are those without them."""
     data = tiny.dataset(groups=5, candidates=(2, 3), seed=4)
     with jax.enable_x64(dtype == "float64"):
         decoder = tiny.decoder(compute_dtype=dtype)
         params = tiny.params(decoder, dtype=dtype)
+        data = _with_a_right_guess(decoder, params, data)
         (batch,) = all_batches(data, tiny.layout(data, tokens=1024))
-        logps, statistics = token_statistics(decoder, params, batch, ("log_sum_sq_probs",))
+        logps, statistics = token_statistics(decoder, params, batch, tuple(STATISTICS))
         np.testing.assert_array_equal(logps, token_logps(decoder, params, batch))
-        (squared,) = statistics.values()
-        seen = 0
+        seen = []
         for row, slot in np.argwhere(batch.slot_owner < batch.candidate_mask[0].size):
             group = data.groups[batch.example_id[row, batch.slot_owner[row, slot] // data.candidates]]
             completion = group.completions[batch.slot_owner[row, slot] % data.candidates]
             index = int((batch.slot_owner[row, :slot] == batch.slot_owner[row, slot]).sum())
             if index == 1:  # one token of each completion will do: a forward pass for each
-                path = np.concatenate([group.prompt, completion[:index]])[None]
-                probs = jax.nn.softmax(Decoder.logits(decoder, params, path)[0, -1])
-                np.testing.assert_allclose(squared[row, slot], jnp.log((probs**2).sum()), rtol=tolerance)
-                seen += 1
-        assert seen > 3
-        assert (squared[batch.slot_owner == batch.candidate_mask[0].size] == 0).all()
-        assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.grad(_sum_of_squares)(params, decoder, batch)))
+                probs = jax.nn.softmax(_next_logits(decoder, params, group.prompt, completion[:index]))
+                for name, defined in STATISTICS_OF_PROBS.items():
+                    expected = defined(probs, completion[index])
+                    np.testing.assert_allclose(statistics[name][row, slot], expected, rtol=tolerance)
+                seen.append(float(statistics["correct"][row, slot]))
+        assert len(seen) > 3 and set(seen) == {0.0, 1.0}
+        for values in statistics.values():
+            assert values.dtype == logps.dtype
+            assert (values[batch.slot_owner == batch.candidate_mask[0].size] == 0).all()
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(GRADIENT(params, decoder, batch)))
 
 
-def _sum_of_squares(params, decoder, batch):
-    return token_statistics(decoder, params, batch, ("log_sum_sq_probs",))[1]["log_sum_sq_probs"].sum()
+def _with_a_right_guess(decoder, params, data):
+    """The dataset with a completion whose second token is the likeliest one."""
+    *others, group = data.groups
+    first = group.completions[0][:1]
+    guess = np.append(first, np.int32(_next_logits(decoder, params, group.prompt, first).argmax()))
+    return tiny.of_groups([*others, dataclasses.replace(group, completions=(guess, *group.completions[1:]))])
+
+
+def _next_logits(decoder, params, *parts):
+    """`[vocab]` of the token after the parts, padded to one shape: no token sees what follows it."""
+    path = np.concatenate(parts)
+    return LOGITS(decoder, params, np.pad(path, (0, 2 * LONGEST - len(path)))[None])[0, len(path) - 1]
+
+
+def _sum_of_statistics(params, decoder, batch):
+    return sum(value.sum() for value in token_statistics(decoder, params, batch, tuple(STATISTICS))[1].values())
+
+
+GRADIENT = jax.jit(jax.grad(_sum_of_statistics), static_argnums=1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

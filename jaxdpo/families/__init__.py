@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdpo.families.fields import hf_labels
 from jaxdpo.families.gpt2 import GPT2
 from jaxdpo.families.llama import LLAMA, MISTRAL
 from jaxdpo.families.table import Family, Weight
@@ -53,7 +54,12 @@ def export_config(config: TransformerConfig) -> dict[str, Any]:
     if config.model_type not in FAMILIES:
         raise InputError(f"model_type is {config.model_type!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[config.model_type]
-    hf = {"architectures": [family.architecture], "model_type": config.model_type, **family.to_hf(config)}
+    hf = {
+        "architectures": [family.architectures[config.head]],
+        "model_type": config.model_type,
+        **family.to_hf(config),
+        **hf_labels(config.head),
+    }
     read = family.from_hf(hf)
     for field in dataclasses.fields(config):
         stated, back = getattr(config, field.name), getattr(read, field.name)

@@ -59,6 +59,28 @@ def head_dim(embed: int, heads: int) -> int:
     return embed // heads
 
 
+def head(hf: Mapping[str, Any]) -> str:
+    """`TransformerConfig.head` by the class in `architectures`; InputError for a classifier of several labels."""
+    names = hf.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return "lm"
+    # transformers saves no labels where there are two, its default.
+    labels = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 2
+    if labels != 1:
+        raise InputError(
+            f"config.json has {names[0]} with {labels} labels; allowed: 1, whose score is the reward; "
+            f"train one with num_labels=1"
+        )
+    return "score"
+
+
+def hf_labels(head: str) -> dict[str, Any]:
+    """How `config.json` states the one label of a score head; "regression": pipelines then apply no sigmoid to it."""
+    if head == "lm":
+        return {}
+    return {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
+
+
 def token_ids(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The special token ids as fields of `TransformerConfig`."""
     eos = hf.get("eos_token_id")

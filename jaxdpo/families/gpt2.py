@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdpo.families import fields
-from jaxdpo.families.table import Family, Weight
+from jaxdpo.families.table import Family, Weight, head_weights
 from jaxdpo.models import TransformerConfig
 
 _BLOCK = "transformer.h.{layer}."
 _QKV = ("q", "k", "v")
-_HEAD = (Weight("lm_head.weight", "head", "vocab embed"),)
 
 _FIXED = {
     "scale_attn_weights": (True,),
@@ -45,6 +44,7 @@ def from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
         attention_bias=True,
         mlp_bias=True,
         rope=None,
+        head=fields.head(hf),
         tie_embeddings=hf.get("tie_word_embeddings", True),
         init_std=hf.get("initializer_range", 0.02),
         **fields.token_ids(hf),
@@ -100,15 +100,15 @@ def weights(config: TransformerConfig) -> tuple[Weight, ...]:
         Weight(_BLOCK + "mlp.c_proj.bias", "blocks/mlp/down/bias", "embed"),
         Weight("transformer.ln_f.weight", "final_norm/scale", "embed"),
         Weight("transformer.ln_f.bias", "final_norm/bias", "embed"),
-        *(() if config.tie_embeddings else _HEAD),
+        *head_weights(config),
     )
 
 
 GPT2 = Family(
-    "GPT2LMHeadModel",
+    {"lm": "GPT2LMHeadModel", "score": "GPT2ForSequenceClassification"},
     from_hf,
     to_hf,
     weights,
     prefix="transformer.",
-    ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),  # causal masks; a tied head
+    ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),  # causal masks; an LM head
 )

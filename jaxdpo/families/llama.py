@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdpo.families import fields
-from jaxdpo.families.table import Family, Weight
+from jaxdpo.families.table import Family, Weight, head_weights
 from jaxdpo.models import TransformerConfig
 
 _ATTENTION = "model.layers.{layer}.self_attn."
@@ -26,7 +26,6 @@ _MLP_BIASES = (
     Weight(_MLP + "up_proj.bias", "blocks/mlp/up/bias", "mlp"),
     Weight(_MLP + "down_proj.bias", "blocks/mlp/down/bias", "embed"),
 )
-_HEAD = (Weight("lm_head.weight", "head", "vocab embed"),)
 
 # What transformers assumes where a key is missing.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,6 +61,7 @@ def from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
         mlp_bias=bool(hf.get("mlp_bias", False)),
         rope=fields.read_rope(hf),
         sliding_window=hf["sliding_window"],
+        head=fields.head(hf),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         init_std=hf.get("initializer_range", 0.02),
         **fields.token_ids(hf),
@@ -120,11 +120,16 @@ def weights(config: TransformerConfig) -> tuple[Weight, ...]:
         Weight(_MLP + "down_proj.weight", "blocks/mlp/down/kernel", "embed mlp -> mlp embed"),
         *(_MLP_BIASES if config.mlp_bias else ()),
         Weight("model.norm.weight", "final_norm/scale", "embed"),
-        *(() if config.tie_embeddings else _HEAD),
+        *head_weights(config),
     )
 
 
 _IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
 
-LLAMA = Family("LlamaForCausalLM", from_hf, to_hf, weights, prefix="model.", ignored=_IGNORED)
-MISTRAL = Family("MistralForCausalLM", from_hf, to_hf, weights, prefix="model.", ignored=_IGNORED)
+
+def _family(name: str) -> Family:
+    architectures = {"lm": f"{name}ForCausalLM", "score": f"{name}ForSequenceClassification"}
+    return Family(architectures, from_hf, to_hf, weights, prefix="model.", ignored=_IGNORED)
+
+
+LLAMA, MISTRAL = _family("Llama"), _family("Mistral")

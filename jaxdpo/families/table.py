@@ -104,20 +104,27 @@ class Weight:
         return np.ascontiguousarray(array)
 
 
+def head_weights(config: TransformerConfig) -> tuple[Weight, ...]:
+    """The tensor of the head, if it has one of its own; transformers names it alike in every family."""
+    if config.head == "score":
+        return (Weight("score.weight", "score", "part embed -> embed"),)
+    return () if config.tie_embeddings else (Weight("lm_head.weight", "head", "vocab embed"),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How checkpoints of one Hugging Face `model_type` are read and written.
 
     Attributes:
-      architecture: class name that the exported `config.json` states.
+      architectures: class name that the exported `config.json` states, by `TransformerConfig.head`.
       from_hf: contents of a `config.json` -> `TransformerConfig`; refuses what would change the mathematics.
       to_hf: the inverse.
       weights: the table for a configuration.
       prefix: of the names of the backbone; checkpoints of the bare backbone lack it.
-      ignored: regular expressions of tensors that carry no parameter: buffers, and a copy of a tied head.
+      ignored: regular expressions of tensors that carry no parameter: buffers, and an LM head that is not used.
     """
 
-    architecture: str
+    architectures: Mapping[str, str]
     from_hf: Callable[[Mapping[str, Any]], TransformerConfig]
     to_hf: Callable[[TransformerConfig], dict[str, Any]]
     weights: Callable[[TransformerConfig], tuple[Weight, ...]]

@@ -66,6 +66,10 @@ class Decoder:
         """The LM head, `[vocab, embed]` in the compute dtype; the token embedding itself where it is tied."""
         return self._merge(params).head_kernel().astype(self.compute_dtype)
 
+    def score(self, params: dict[str, Any]) -> jax.Array:
+        """The score head, `[embed]`, at least float32: rewards are differences of near numbers."""
+        return self._merge(params).score_kernel().astype(jnp.promote_types(self.compute_dtype, jnp.float32))
+
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """Next-token logits of plain left-to-right texts, for use and for comparison with other implementations.
 

@@ -7,6 +7,7 @@ from jaxdpo.types import InputError
 NORMS = ("rmsnorm", "layernorm")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROPE_KINDS = ("default", "linear", "llama3")
+HEADS = ("lm", "score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,11 @@ class TransformerConfig:
       attention_bias: q, k, v and output projections have biases.
       rope: rotary embedding; None for a learned embedding of each position.
       sliding_window: a token sees this many positions, itself included; None for all before it.
-      tie_embeddings: the LM head is the token embedding.
+      head: "lm" for logits of the next token, "score" for one number of a text: a reward model.
+      tie_embeddings: the LM head is the token embedding; with a score head it says nothing.
       init_std: standard deviation of freshly initialised matrices.
-      bos_token_id, eos_token_id, pad_token_id: carried from import to export; not used by the model.
+      bos_token_id, eos_token_id: carried from import to export; not used by the model.
+      pad_token_id: the same; but a score head passes it over at the end of a text, as Hugging Face's does.
     Raises:
       InputError: for a value out of range, or sizes that do not fit together.
     """
@@ -82,6 +85,7 @@ class TransformerConfig:
     mlp_bias: bool = False
     rope: Rope | None = dataclasses.field(default_factory=Rope)
     sliding_window: int | None = None
+    head: str = "lm"
     tie_embeddings: bool = False
     init_std: float = 0.02
     bos_token_id: int | None = None
@@ -93,6 +97,7 @@ class TransformerConfig:
             _at_least(name, size, 1)
         _one_of("norm", self.norm, NORMS)
         _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("head", self.head, HEADS)
         if not self.norm_eps > 0:
             raise InputError(f"norm_eps is {self.norm_eps!r}; allowed: a number above 0")
         if self.sliding_window is not None:

@@ -12,7 +12,10 @@ from jaxdpo.sharding import constrain
 
 
 class Transformer(nnx.Module):
-    """Parameters `tokens`, `positions` if learned, `blocks` (first axis `layers`), `final_norm`, `head` if untied."""
+    """Parameters `tokens`, `positions` if learned, `blocks` (first axis `layers`), `final_norm`, and those of the head.
+
+    An LM head has `head`, or nothing where it is tied to `tokens`; a score head has `score`.
+    """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -23,7 +26,9 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(stack)(rngs.split(config.num_layers))
         self.final_norm = Norm(config, rngs=rngs)
         # A tied head reuses `tokens`: a second name for the same Param is refused by NNX's tree mode.
-        self.head = None if config.tie_embeddings else make_param(config, ("vocab", "embed"), normal, rngs)
+        untied = config.head == "lm" and not config.tie_embeddings
+        self.head = make_param(config, ("vocab", "embed"), normal, rngs) if untied else None
+        self.score = make_param(config, ("embed",), normal, rngs) if config.head == "score" else None
 
     def hidden(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """States after the final norm.
@@ -54,4 +59,12 @@ class Transformer(nnx.Module):
 
     def head_kernel(self) -> jax.Array:
         """The LM head `[vocab, embed]`, float32: the token embedding where tied."""
+        if self.config.head != "lm":
+            raise ValueError(f"the model has a {self.config.head} head; allowed: an LM head")
         return self.tokens[...] if self.head is None else self.head[...]
+
+    def score_kernel(self) -> jax.Array:
+        """The score head `[embed]`, float32."""
+        if self.score is None:
+            raise ValueError(f"the model has an {self.config.head} head; allowed: a score head")
+        return self.score[...]

@@ -53,6 +53,18 @@ CASES = {
     "gpt2-tied": _GPT2,
     "gpt2-untied": _GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"},
 }
+_CLASSIFIER = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": 0}
+CLASSIFIERS = {
+    name: CASES[name] | _CLASSIFIER | {"architectures": [f"{kind}ForSequenceClassification"]}
+    for name, kind in {
+        "llama-grouped-tied": "Llama",
+        "llama-biases": "Llama",
+        "mistral-window": "Mistral",
+        "gpt2-tied": "GPT2",
+        "gpt2-untied": "GPT2",
+    }.items()
+}
+"""Reward models of the same sizes."""
 TOKENS = np.random.RandomState(0).randint(0, 101, (2, 19)).astype(np.int32)  # longer than the window of 5
 
 

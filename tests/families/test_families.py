@@ -10,17 +10,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxdpo.families import FAMILIES, export_config, load_params
-from jaxdpo.hf import load_hf, save_hf
+from jaxdpo.hf import load_hf, load_reward_model, save_hf
 from jaxdpo.models import Decoder, Rope, abstract_params, logical_axes, make_decoder
 from jaxdpo.sharding import make_mesh
 from jaxdpo.types import InputError
-from tests.families.cases import CASES, TOKENS, tensors, write_checkpoint
+from tests.families.cases import CASES, CLASSIFIERS, TOKENS, tensors, write_checkpoint
 from tests.families.make_golden import GOLDEN, torch_logits, torch_model
 
 LOGITS = jax.jit(Decoder.logits, static_argnums=0)
 WITHOUT_TORCH = "needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
 every_case = pytest.mark.parametrize("case", CASES)
+every_classifier = pytest.mark.parametrize("case", CLASSIFIERS)
 every_family = pytest.mark.parametrize("case", ["llama-biases", "mistral-window", "gpt2-tied", "gpt2-untied"])
 
 
@@ -99,6 +100,32 @@ def test_config_round_trip(case):
     assert FAMILIES[config.model_type].from_hf(exported) == config
 
 
+@every_classifier
+def test_config_round_trip_of_a_classifier(case):
+    family = FAMILIES[CLASSIFIERS[case]["model_type"]]
+    config = family.from_hf(CLASSIFIERS[case])
+    exported = json.loads(json.dumps(export_config(config)))
+    assert config.head == "score"
+    assert family.from_hf(exported) == config
+    assert exported["architectures"] == CLASSIFIERS[case]["architectures"] == [family.architectures["score"]]
+    assert (exported["id2label"], exported["label2id"]) == ({"0": "reward"}, {"reward": 0})
+    assert exported["problem_type"] == "regression"
+
+
+@every_classifier
+def test_import_export_import_of_a_classifier_is_bitwise(case, tmp_path):
+    expected = tensors(CLASSIFIERS[case])
+    assert expected["score.weight"].shape == (1, 36) and "lm_head.weight" not in expected
+    decoder, params = load_reward_model(write_checkpoint(tmp_path / "in", CLASSIFIERS[case]))
+    save_hf(tmp_path / "out", decoder, params)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(written[name].tobytes() == expected[name].tobytes() for name in expected)
+    again, params_again = load_reward_model(tmp_path / "out")
+    assert again == decoder
+    assert_equal_trees(params, params_again)
+
+
 @every_case
 @pytest.mark.parametrize("max_shard_bytes", [2**40, 20_000], ids=["single", "sharded"])
 def test_import_export_import_is_bitwise(case, max_shard_bytes, tmp_path):
@@ -126,7 +153,7 @@ def test_export_loads_in_transformers(case, tmp_path):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.dtype == torch.float32
-    assert type(model).__name__ == FAMILIES[decoder.config.model_type].architecture
+    assert type(model).__name__ == FAMILIES[decoder.config.model_type].architectures["lm"]
     expected = LOGITS(decoder, params, TOKENS)
     np.testing.assert_allclose(torch_logits(model, TOKENS), expected, rtol=0, atol=1e-4)
 
@@ -144,6 +171,14 @@ def test_patterns_name_the_logical_axes_of_the_module(case):
             assert leaf == (("layers",) if weight.stacked else ()) + weight.axes, path
             covered.append(path)
     assert len(covered) == len(set(covered)) == len(jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)))
+
+
+@every_classifier
+def test_a_score_head_is_a_row_of_the_table(case):
+    config = FAMILIES[CLASSIFIERS[case]["model_type"]].from_hf(CLASSIFIERS[case])
+    *backbone, head = FAMILIES[config.model_type].weights(config)
+    assert (head.paths, head.axes) == (("score",), logical_axes(make_decoder(config))["score"])
+    assert "head" not in {weight.path for weight in backbone}
 
 
 @every_family
@@ -204,7 +239,7 @@ def test_backbone_names_and_buffers(case):
     values = tensors(CASES[case])
     bare = {name.removeprefix(family.prefix): value for name, value in values.items()}
     assert bare.keys() != values.keys()
-    buffer = "h.0.attn.bias" if family.architecture.startswith("GPT2") else "layers.0.self_attn.rotary_emb.inv_freq"
+    buffer = "h.0.attn.bias" if family.prefix == "transformer." else "layers.0.self_attn.rotary_emb.inv_freq"
     assert_equal_trees(load(case, bare | {buffer: np.ones(3), family.prefix + buffer: np.ones(3)}), load(case))
 
 
@@ -265,6 +300,16 @@ REFUSED = [
     ("gpt2-tied", {"add_cross_attention": True}, "add_cross_attention = True"),
     ("gpt2-tied", {"scale_attn_weights": False}, "scale_attn_weights = False"),
     ("gpt2-tied", {"n_head": 5}, "5 heads for 36 features"),
+    (
+        "llama-biases",
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}},
+        "LlamaForSequenceClassification with 3 labels; allowed: 1",
+    ),
+    (  # two labels are the default, which transformers does not save
+        "gpt2-tied",
+        {"architectures": ["GPT2ForSequenceClassification"]},
+        "GPT2ForSequenceClassification with 2 labels; allowed: 1",
+    ),
 ]
 
 

@@ -115,7 +115,10 @@ def test_window_and_causality_of_logits(config):
     np.testing.assert_array_equal(reached, np.arange(6, last + 1))
 
 
-@every_config
+SCORE = dataclasses.replace(CONFIGS["llama"], head="score")
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), SCORE], ids=[*CONFIGS, "score"])
 def test_every_parameter_names_its_axes(config):
     decoder = tiny.decoder(config)
     axes, shapes = logical_axes(decoder), abstract_params(decoder)
@@ -190,6 +193,18 @@ def test_logits_are_the_head_of_the_states(config):
     np.testing.assert_array_equal(decoder.head(params), head)
 
 
+def test_a_score_head_takes_the_place_of_the_lm_head():
+    params, language = params_of(SCORE), params_of(CONFIGS["llama"])
+    assert params.keys() == language.keys() - {"head"} | {"score"}
+    decoder = tiny.decoder(SCORE)
+    np.testing.assert_array_equal(decoder.score(params), params["score"])
+    assert 0.3 < params["score"].std() / SCORE.init_std < 2
+    with pytest.raises(ValueError, match="the model has a score head; allowed: an LM head"):
+        decoder.logits(params, np.arange(8)[None])
+    with pytest.raises(ValueError, match="the model has an lm head; allowed: a score head"):
+        tiny.decoder(CONFIGS["llama"]).score(language)
+
+
 def test_gradients_are_those_of_finite_differences():
     with jax.enable_x64(True):
         decoder = tiny.decoder(CONFIGS["window"], "float64")
@@ -218,6 +233,8 @@ def test_refusals():
         make_decoder(tiny.LLAMA, compute_dtype="float16")
     with pytest.raises(InputError, match="set jax_enable_x64"):
         make_decoder(tiny.LLAMA, compute_dtype="float64")
+    with pytest.raises(InputError, match="head is 'value'; allowed: lm, score"):
+        dataclasses.replace(tiny.LLAMA, head="value")
     decoder = tiny.decoder()
     with pytest.raises(InputError, match="length 65; allowed: up to the model's 64 positions"):
         decoder.logits(params_of(tiny.LLAMA), np.zeros((1, 65), np.int32))

@@ -13,6 +13,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jaxdpo import families, hf
+from jaxdpo.hf import files
 from jaxdpo.types import InputError
 from tests.families.cases import CASES, TOKENS, tensors, write_checkpoint
 
@@ -116,7 +117,7 @@ def test_tokenizer_and_chat_template_round_trip(tmp_path):
 
 def test_a_killed_export_leaves_nothing_that_looks_whole(checkpoint, tmp_path, monkeypatch):
     decoder, params = hf.load_hf(checkpoint)
-    real, calls = hf.save_file, []
+    real, calls = files.save_file, []
 
     def dies_at_the_second(*args, **kwargs):
         calls.append(args)
@@ -124,7 +125,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(checkpoint, tmp_path, m
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hf, "save_file", dies_at_the_second)
+    monkeypatch.setattr(files, "save_file", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         hf.save_hf(tmp_path / "out", decoder, params, max_shard_bytes=20_000)
     assert not (tmp_path / "out").exists()
