@@ -31,6 +31,7 @@ from jaxdpo import (
     make_programs,
     place_batch,
     preference_metrics,
+    preference_task,
     prefetched,
     resolve_model,
     rmsprop,
@@ -76,7 +77,9 @@ def main() -> None:
         optimizer = rmsprop(warmup_schedule(RECIPE["learning_rate"], RECIPE["warmup_steps"]))
         state = init_state(params, optimizer, mesh)
         del params  # the first step donates them
-        programs = make_programs(decoder, LOSSES["sigmoid"], optimizer, jax.tree.map(lambda x: x.sharding, state))
+        programs = make_programs(
+            preference_task(decoder, LOSSES["sigmoid"]), optimizer, jax.tree.map(lambda x: x.sharding, state)
+        )
         for step, batches in prefetched(train, order, layout, 0, order.num_steps_per_epoch):
             microbatches = [place_batch(Microbatch(batch, slot_logps(reference, batch)), mesh) for batch in batches]
             state, metrics, _ = run_step(programs, state, microbatches, step_counts(batches), SCALARS)

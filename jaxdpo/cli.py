@@ -14,17 +14,43 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.config import (
+    AuditConfig,
+    DPOConfig,
+    ExportConfig,
+    QuickstartConfig,
+    RewardConfig,
+    RunConfig,
+    ScoreConfig,
+    SFTConfig,
+)
 from jaxdpo.options import from_mapping
-from jaxdpo.types import InputError, RunStopped
+from jaxdpo.train.interrupt import Terminated, terminable
+from jaxdpo.types import InputError, RunInterrupted, RunStopped
 
 
 def _dpo(config: DPOConfig) -> None:
     from jaxdpo.train.dpo import run_dpo
-    from jaxdpo.train.report import print_report
-    from jaxdpo.train.run_dir import RunDir
 
-    print_report(run_dpo(config), RunDir(Path(config.output_dir)))
+    _report(config, run_dpo(config))
+
+
+def _sft(config: SFTConfig) -> None:
+    from jaxdpo.train.sft import run_sft
+
+    _report(config, run_sft(config))
+
+
+def _reward(config: RewardConfig) -> None:
+    from jaxdpo.train.reward import run_reward
+
+    _report(config, run_reward(config))
+
+
+def _report(config: RunConfig, result: Any) -> None:
+    from jaxdpo.train.report import print_report
+
+    print_report(result, config)
 
 
 def _quickstart(config: QuickstartConfig) -> None:
@@ -39,19 +65,38 @@ def _export(config: ExportConfig) -> None:
     export_checkpoint(config)
 
 
-VERBS: dict[str, tuple[type, typing.Callable[[Any], None]]] = {
+def _score(config: ScoreConfig) -> None:
+    from jaxdpo.train.score import score
+
+    score(config)
+
+
+def _audit(config: AuditConfig) -> int:
+    from jaxdpo.audit import run_audit
+
+    return run_audit(config)
+
+
+VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "quickstart": (QuickstartConfig, _quickstart),
+    "audit": (AuditConfig, _audit),
+    "sft": (SFTConfig, _sft),
     "dpo": (DPOConfig, _dpo),
+    "reward": (RewardConfig, _reward),
+    "score": (ScoreConfig, _score),
     "export": (ExportConfig, _export),
 }
-"""Verb -> its configuration and what it does. The first line of the configuration's docstring is its help."""
+"""Verb -> its configuration and what it does, which may return an exit status. The first line of the configuration's
+docstring is its help."""
 
-CONFIG_VERBS = ("dpo",)
+CONFIG_VERBS = ("sft", "dpo", "reward")
 """Verbs that take `--config FILE.yaml`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input.
+    """Runs one command; returns the exit status.
+
+    It is 0, 1 for a run that had to stop, 2 for bad input, and 130 or 143 after Ctrl-C or SIGTERM.
 
     Raises:
       SystemExit: after `--help`, or for flags that do not parse.
@@ -59,14 +104,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         verb, config = parse(argv)
-        VERBS[verb][1](config)
+        with terminable():
+            status = VERBS[verb][1](config)
     except InputError as error:
         print(f"jaxdpo: error: {error}", file=sys.stderr)
         return 2
+    except RunInterrupted as error:
+        print(f"jaxdpo: interrupted: {error}", file=sys.stderr)
+        return 128 + error.signal
+    except KeyboardInterrupt as error:
+        name, number = ("SIGTERM", 15) if isinstance(error, Terminated) else ("Ctrl-C", 2)
+        print(f"\njaxdpo: interrupted: {name}; what was saved before is whole", file=sys.stderr)
+        return 128 + number
     except (FloatingPointError, RunStopped) as error:
         print(f"jaxdpo: stopped: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:

@@ -21,7 +21,7 @@ Ranges = Mapping[str, tuple[str, Callable[[Any], bool]]]
 
 
 def check_fields(config: Any, ranges: Ranges, paths: Collection[str]) -> None:
-    """Checks type and range of every field of a frozen dataclass, and expands `~` in those that are paths.
+    """Checks type and range of every field of a frozen dataclass, and expands `~` in paths, also in lists with commas.
 
     Raises:
       InputError: names the flag, the value and what is allowed.
@@ -30,7 +30,7 @@ def check_fields(config: Any, ranges: Ranges, paths: Collection[str]) -> None:
     for field in dataclasses.fields(config):
         value = _typed(getattr(config, field.name), hints[field.name], flag(field.name))
         if field.name in paths and value is not None:
-            value = os.path.expanduser(value)  # YAML files have no shell to do it
+            value = ",".join(map(os.path.expanduser, value.split(",")))  # YAML files have no shell to do it
         object.__setattr__(config, field.name, value)
         if field.name in ranges and value is not None:
             allowed, holds = ranges[field.name]

@@ -15,7 +15,7 @@ from jaxdpo.types import InputError, RunStopped
 from tests import tiny
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output-dir", "run"]
-CONFIGS = {"dpo": DPOConfig, "export": ExportConfig, "quickstart": QuickstartConfig}
+CONFIGS = {verb: config for verb, (config, _) in cli.VERBS.items()}
 
 
 def parse(*flags):
@@ -346,7 +346,6 @@ def test_help_lists_the_verbs(capsys):
     for verb, config in CONFIGS.items():
         assert verb in text
         assert config.__doc__.split(":")[0] in text
-    assert set(cli.VERBS) == set(CONFIGS)
 
 
 @pytest.mark.parametrize("verb", CONFIGS)
@@ -359,7 +358,7 @@ def test_help_of_a_verb_shows_every_option_in_its_group(capsys, verb, monkeypatc
         for choice in typing.get_args(field.type):
             if isinstance(choice, str):
                 assert choice in text
-    assert ("--config FILE" in text) == (verb == "dpo")
+    assert ("--config FILE" in text) == (verb in cli.CONFIG_VERBS)
 
 
 def test_help_is_typed_and_states_defaults(capsys, monkeypatch):

@@ -6,13 +6,28 @@ import typing
 
 import pytest
 
-from jaxdpo.config import _RANGES, Divergence, DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.config import (
+    AuditConfig,
+    Divergence,
+    DPOConfig,
+    ExportConfig,
+    Format,
+    QuickstartConfig,
+    RewardConfig,
+    ScoreConfig,
+    SFTConfig,
+)
+from jaxdpo.config.ranges import RANGES
 from jaxdpo.options import flag, from_mapping
 from jaxdpo.types import InputError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "run"}
 CONFIGS = {
     DPOConfig: NEEDED,
+    SFTConfig: NEEDED,
+    RewardConfig: NEEDED,
+    AuditConfig: {"data": "d.jsonl"},
+    ScoreConfig: {"model": "m", "data": "d.jsonl", "output": "scores.jsonl"},
     ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
     QuickstartConfig: {},
 }
@@ -45,6 +60,7 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "undesirable_weight": ([0.0, 2.0], [-0.1, math.inf]),
     "ref_model_sync_steps": ([1], [0, -1]),
     "ref_model_mixup_alpha": ([1e-3, 1.0], [0.0, 1.1, math.nan]),
+    "center_rewards_coefficient": ([0.0, 0.01], [-0.01, math.inf, math.nan]),
     "learning_rate": ([1e-12, 1.0], [0.0, -1e-6, math.inf, math.nan]),
     "max_grad_norm": ([0.0, 10.0], [-1.0, math.inf, math.nan]),
 }
@@ -55,27 +71,34 @@ def dpo(**options) -> DPOConfig:
     return DPOConfig(**{**NEEDED, **needs_eval, **options})
 
 
+def made(**options):
+    """A configuration that has these options, with what it needs besides."""
+    kind = next(kind for kind in CONFIGS if set(options) <= {field.name for field in dataclasses.fields(kind)})
+    needs_eval = {"eval_data": "e.jsonl"} if "eval_every" in options else {}
+    return kind(**{**CONFIGS[kind], **needs_eval, **options})
+
+
 def test_every_range_has_its_limits_here():
-    assert set(LIMITS) == set(_RANGES)
+    assert set(LIMITS) == set(RANGES)
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, (good, _) in LIMITS.items() for value in good])
 def test_the_edge_of_a_range_is_allowed(name, value):
-    assert getattr(dpo(**{name: value}), name) == value
+    assert getattr(made(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, (_, bad) in LIMITS.items() for value in bad])
 def test_past_the_edge_is_refused_by_name(name, value):
     with pytest.raises(InputError) as error:
-        dpo(**{name: value})
-    assert str(error.value) == f"{flag(name)} is {value!r}; allowed: {_RANGES[name][0]}"
+        made(**{name: value})
+    assert str(error.value) == f"{flag(name)} is {value!r}; allowed: {RANGES[name][0]}"
 
 
 @every_config
 def test_every_number_has_a_range(config):
     for name, hint in typing.get_type_hints(config).items():
         if {int, float} & {hint, *typing.get_args(hint)}:
-            assert name in _RANGES, f"{flag(name)} takes any number"
+            assert name in RANGES, f"{flag(name)} takes any number"
 
 
 @every_config
@@ -146,7 +169,11 @@ def test_options_that_exclude_each_other(options, message):
         ("model", 5, "--model is 5 (int); allowed: a text"),
         ("model", None, "--model is None (NoneType); allowed: a text"),
         ("loss", ["sigmoid"], "--loss is ['sigmoid'] (list); allowed: a text"),
-        ("format", "csv", "--format is 'csv'; allowed: auto, pairs, hh, ranked, unpaired"),
+        (
+            "format",
+            "csv",
+            "--format is 'csv'; allowed: " + ", ".join(typing.get_args(Format)),
+        ),
         ("f_divergence_type", "kl", "--f-divergence-type is 'kl'; allowed: " + ", ".join(typing.get_args(Divergence))),
         ("optimizer", "sgd", "--optimizer is 'sgd'; allowed: rmsprop, adamw"),
         ("dtype", "float16", "--dtype is 'float16'; allowed: float32, bfloat16"),
@@ -203,10 +230,10 @@ def test_a_negated_flag_is_a_key_too():
 
 def test_a_tilde_is_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    config = DPOConfig(model="~/m", data="~/d.jsonl", output_dir="~/run")
-    assert (config.model, config.data, config.output_dir) == tuple(
-        f"/home/somebody/{name}" for name in ("m", "d.jsonl", "run")
-    )
+    config = DPOConfig(model="~/m", data="~/d.jsonl,~/e.csv,hf:name", output_dir="~/run")
+    home = "/home/somebody"
+    assert (config.model, config.output_dir) == (f"{home}/m", f"{home}/run")
+    assert config.data == f"{home}/d.jsonl,{home}/e.csv,hf:name"
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ from jaxdpo.losses.preference import discopop_loss, dpo_loss, hinge_loss, implic
 from jaxdpo.losses.ranking import plackett_luce_dpo_loss, plackett_luce_loss
 from jaxdpo.losses.reference_free import alphapo_loss, cpo_loss, orpo_loss, simpo_loss
 from jaxdpo.losses.reward import bradley_terry_loss
+from jaxdpo.losses.reward_metrics import reward_metrics
 from jaxdpo.losses.spec import LossSpec, RunningMean
-from jaxdpo.losses.table import LOSSES
+from jaxdpo.losses.table import LOSSES, REWARD_LOSSES
 from jaxdpo.losses.transport import aot_loss, aot_unpaired_loss
 from jaxdpo.losses.unpaired import bco_loss, bco_running, kto_loss, update_running_mean
 from jaxdpo.losses.weighting import length_desensitized_logps, wpo_weights
@@ -50,6 +51,7 @@ __all__ = [
     "DIVERGENCES",
     "KL_ESTIMATORS",
     "LOSSES",
+    "REWARD_LOSSES",
     "LossSpec",
     "RunningMean",
     "alpha_divergence",
@@ -89,6 +91,7 @@ __all__ = [
     "ppo_value_loss",
     "preference_metrics",
     "reverse_kl",
+    "reward_metrics",
     "robust_dpo_loss",
     "sft_loss",
     "sigmoid_norm_loss",

@@ -32,7 +32,7 @@ def bradley_terry_loss(
     rewards: ArrayLike,
     *,
     margin: ArrayLike | None = None,
-    centering: ArrayLike = 0.0,
+    center_rewards_coefficient: ArrayLike = 0.0,
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -40,14 +40,15 @@ def bradley_terry_loss(
 
     With `m = r_chosen - r_rejected - margin`, a label that is flipped with probability `ε` costs
 
-    .. math:: -(1-ε) \log σ(m) - ε \log σ(-m) + \text{centering} \cdot (r_{chosen} + r_{rejected})^2
+    .. math:: -(1-ε) \log σ(m) - ε \log σ(-m) + c \cdot (r_{chosen} + r_{rejected})^2
 
     For more than two ranked candidates use `plackett_luce_loss`, which equals this loss for two.
 
     Args:
       rewards: `[..., 2]` float, chosen then rejected.
       margin: `[...]` float, by how much the chosen reward should exceed the rejected one; None: 0.
-      centering: coefficient of the squared sum, which pulls the rewards towards mean 0; at least 0, may be traced.
+      center_rewards_coefficient: `c`, weight of the squared sum, which pulls the rewards towards mean 0; at least 0,
+        may be traced.
       label_smoothing: probability in [0, 0.5) that a label is flipped, may be traced. Above 0 the loss is least at a
         finite `m`.
       where: `[..., 2]` bool, which candidates exist. Pairs that are not complete return 0 and get zero gradient.
@@ -61,13 +62,19 @@ def bradley_terry_loss(
     Example:
       >>> print(f"{bradley_terry_loss(jnp.array([5.0, 5.0])):.4f}")  # log 2: no preference yet
       0.6931
-      >>> loss = bradley_terry_loss(jnp.array([3.0, 1.0]), margin=2.0, centering=0.01)
+      >>> loss = bradley_terry_loss(jnp.array([3.0, 1.0]), margin=2.0, center_rewards_coefficient=0.01)
       >>> print(f"{loss:.4f}")  # log 2 + 0.01 * (3 + 1)**2
       0.8531
     """
     (rewards,), exists = candidate_arrays(where, 2, rewards=rewards)
     check_pair(rewards)
-    centering = option("centering", centering, "0 or more, such as 0.01", lambda c: 0 <= c < math.inf, rewards.dtype)
+    centering = option(
+        "center_rewards_coefficient",
+        center_rewards_coefficient,
+        "0 or more, such as 0.01",
+        lambda c: 0 <= c < math.inf,
+        rewards.dtype,
+    )
     label_smoothing = smoothing_option(label_smoothing, rewards.dtype)
     counts = exists.all(axis=-1)  # [...]
     logit = rewards[..., 0] - rewards[..., 1]  # [...]

@@ -23,7 +23,7 @@ class LossSpec(NamedTuple):
     """Names of the configuration values that are passed to `fn` as keywords; left out, the function's default holds."""
     data: tuple[str, ...] = ()
     """Arrays of the batch that are passed to `fn` as keywords: `lengths`, `ranks` and `log_sum_sq_probs`
-    `[..., candidates]`, `label` `[...]`."""
+    `[..., candidates]`, `label` and `margin` `[...]`."""
     divergence: bool = False
     """Whether `fn` takes `divergence`, a value of `DIVERGENCES`."""
     running: Callable[..., "RunningMean"] | None = None

@@ -11,20 +11,21 @@ from jaxdpo.losses.likelihood import sft_loss, unlikelihood_loss
 from jaxdpo.losses.listwise import exo_loss
 from jaxdpo.losses.pointwise import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_loss, sppo_hard_loss
 from jaxdpo.losses.preference import discopop_loss, dpo_loss, hinge_loss, robust_dpo_loss
-from jaxdpo.losses.ranking import plackett_luce_dpo_loss
+from jaxdpo.losses.ranking import plackett_luce_dpo_loss, plackett_luce_loss
 from jaxdpo.losses.reference_free import alphapo_loss, cpo_loss, orpo_loss, simpo_loss
+from jaxdpo.losses.reward import bradley_terry_loss
 from jaxdpo.losses.spec import LossSpec
 from jaxdpo.losses.transport import aot_loss, aot_unpaired_loss
 from jaxdpo.losses.unpaired import bco_loss, bco_running, kto_loss
 
 
 def _without_reference(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The signature of the table for a loss that takes the policy alone."""
+    """The signature of the table for a loss that takes the policy, or the rewards, alone."""
 
     @functools.wraps(fn)
-    def adapted(policy_logps: Any, ref_logps: Any, **keywords: Any) -> jax.Array:
+    def adapted(values: Any, ref_logps: Any, **keywords: Any) -> jax.Array:
         del ref_logps
-        return fn(policy_logps, **keywords)
+        return fn(values, **keywords)
 
     return adapted
 
@@ -73,3 +74,11 @@ LOSSES: dict[str, LossSpec] = {
     "bco": LossSpec(bco_loss, True, 1, "statistic", ("beta",), ("label",), running=bco_running),
 }
 """The losses that training offers, by the name of TRL's `loss_type` where TRL has them."""
+
+REWARD_LOSSES: dict[str, LossSpec] = {
+    "bradley_terry": LossSpec(
+        _without_reference(bradley_terry_loss), False, 2, "none", ("center_rewards_coefficient",), ("margin",)
+    ),
+    "plackett_luce": LossSpec(_without_reference(plackett_luce_loss), False, None, "none", (), ("ranks",)),
+}
+"""The losses of reward models, which take rewards `[..., candidates]` in place of log-probabilities."""

@@ -1,14 +1,19 @@
-"""Orbax checkpoints that survive a kill at any moment and say so when a disk has changed them.
+"""Orbax checkpoints that survive a kill at any moment, and say so when a disk is full or has changed them.
 
 A checkpoint is `STEP/params`, `STEP/opt_state`, whatever else the state holds, and `STEP/meta` (step, configuration,
 model, digests). Orbax commits a step by renaming it, so a save that was cut short is never the latest. It does not
 notice a flipped byte, so `meta` holds a CRC-32 of every array, verified when it is read back.
 """
 
+import contextlib
 import json
 import logging
+import math
+import os
+import re
+import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +21,52 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxdpo.disk import writing
 from jaxdpo.train.state import TrainState
 from jaxdpo.types import InputError
 
-# Orbax warns, at every save, that what one process wrote needs no merging.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+# Orbax warns, at every save, that what one process wrote needs no merging; of a save that fails each of its threads
+# logs the traceback of the error that `Checkpoints` raises.
+_SAID_ELSEWHERE = re.compile(
+    r"Skipping merge of OCDBT|run\(\) raised an exception|Failed to run .* save thread|Save Finalize"
+)
+logging.getLogger("absl").addFilter(lambda record: not _SAID_ELSEWHERE.search(record.getMessage()))
 
 KEPT = 2
-"""Checkpoints kept: the latest, and the one before it in case the latest is damaged."""
+"""Checkpoints kept besides the best: the latest, and the one before it in case the latest is damaged."""
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, directory: Path, meta: Mapping[str, Any]) -> None:
-        """Opens `directory`, creating it and clearing away saves that were cut short; `meta` goes with each save."""
+    def __init__(self, directory: Path, meta: Mapping[str, Any], *, keep_best: str | None = None) -> None:
+        """Opens `directory`, creating it and clearing away saves that were cut short.
+
+        Args:
+          directory: where the run keeps them.
+          meta: goes with each save.
+          keep_best: a metric; the checkpoint where it is highest, of equals the first, is kept besides the latest.
+        Raises:
+          RunStopped: if the disk is full or read-only.
+        """
         self.meta = meta
-        keep = ocp.training.preservation_policies.LatestN(KEPT)
         self.directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(), preservation_policy=keep, cleanup_tmp_directories=True
-        )
+        self._keep_best = keep_best
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
+        keep = policies.AnyPreservationPolicy([policies.LatestN(KEPT), *([best] if keep_best else [])])
         self._pending: ocp.AsyncResponse | None = None
+        self._failed = False
+        with writing(directory):
+            try:
+                self._checkpointer = ocp.training.Checkpointer(
+                    directory.absolute(), preservation_policy=keep, cleanup_tmp_directories=True
+                )
+            except ValueError as error:  # of `STEP/metrics`, all that Orbax reads here
+                raise InputError(
+                    f"{directory}: the metrics of a checkpoint cannot be read ({error}): the disk changed them; fix: "
+                    "remove that checkpoint"
+                ) from error
 
     @property
     def latest_step(self) -> int | None:
@@ -45,19 +74,41 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else int(latest.step)
 
-    def save(self, state: TrainState) -> None:
-        """Starts to write the state in the background; returns once it is copied, so the state may be donated."""
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint where the metric is highest, None if none was saved with it."""
+        scored = [checkpoint for checkpoint in self._checkpointer.checkpoints if checkpoint.metrics is not None]
+        return int(max(scored, key=lambda checkpoint: _rank(checkpoint.metrics)).step) if scored else None
+
+    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to write the state in the background; returns once it is copied, so the state may be donated.
+
+        Args:
+          state: what is saved.
+          metrics: of the state on held-out data, where it was evaluated; `keep_best` is one of them.
+        Raises:
+          RunStopped: if the disk is full or read-only, now or at the last save.
+        """
         self.wait()
         trees = _trees(state)
         digests = {name: tree_digests(tree) for name, tree in trees.items()}
         step = int(state.step)
         meta = _sealed(json.dumps({**self.meta, "step": step, "digests": digests}))
-        self._pending = self._checkpointer.save_checkpointables_async(step, {**trees, "meta": meta})
+        score = None if metrics is None or self._keep_best is None else self._score(metrics, step)
+        with self._saving():
+            # Where Orbax cannot make a directory, its threads wait for each other first and complain at exit.
+            os.rmdir(tempfile.mkdtemp(dir=self.directory, suffix=".orbax-checkpoint-tmp"))
+            self._pending = self._checkpointer.save_checkpointables_async(step, {**trees, "meta": meta}, metrics=score)
 
     def wait(self) -> None:
-        """Blocks until the last save is complete on disk; raises what went wrong with it."""
+        """Blocks until the last save is complete on disk.
+
+        Raises:
+          RunStopped: if the disk was full or read-only; the checkpoints before it are whole.
+        """
         if self._pending is not None:
-            self._pending.result()
+            with self._saving():
+                self._pending.result()
             self._pending = None
 
     def restore(self, like: TrainState) -> TrainState:
@@ -72,9 +123,36 @@ class Checkpoints:
         return like._replace(step=jax.device_put(np.int32(meta["step"]), like.step.sharding), **trees)
 
     def close(self) -> None:
-        """Waits for the last save and releases the directory."""
-        self.wait()
-        self._checkpointer.close()
+        """Waits for the last save and releases the directory; raises what went wrong unless that was raised before."""
+        try:
+            self.wait()
+        finally:
+            # Orbax raises the error of a failed save again here.
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """RunStopped for a disk that takes no more, naming the last checkpoint; nothing is saved after an error."""
+        committed = [int(path.name) for path in self.directory.glob("*") if path.name.isdigit()]
+        left = f"{self.directory / str(max(committed))} is whole" if committed else "no checkpoint was saved before"
+        try:
+            with writing(self.directory, left=left):
+                yield
+        except Exception:
+            self._failed, self._pending = True, None
+            raise
+
+    def _score(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
+        """What Orbax keeps of a checkpoint's metrics."""
+        assert self._keep_best is not None
+        if self._keep_best not in metrics:
+            raise InputError(
+                f"the best checkpoint cannot be kept by {self._keep_best!r}: an evaluation has {', '.join(metrics)}; "
+                "fix: name one of these"
+            )
+        value = float(metrics[self._keep_best])
+        return {"value": -math.inf if math.isnan(value) else value, "step": step}
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -109,6 +187,11 @@ def tree_digests(tree: Any) -> dict[str, int]:
     """CRC-32 of every array of a pytree (4 GB/s), keyed by its path, dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path, leaf): _crc32(leaf) for path, leaf in leaves}
+
+
+def _rank(score: Mapping[str, float]) -> tuple[float, float]:
+    """By value; of equal ones the earlier step is the better."""
+    return score["value"], -score["step"]
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

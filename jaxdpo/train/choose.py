@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdpo.config import DPOConfig
-from jaxdpo.data.tokenize import TokenizedDataset
+from jaxdpo.data.dataset import TokenizedDataset
+from jaxdpo.data.partners import with_partners
 from jaxdpo.losses import LOSSES, LossSpec, combine, over_all_pairs, weighted_by_policy, with_divergence
 from jaxdpo.options import flag
 from jaxdpo.types import InputError
@@ -101,9 +103,11 @@ def choose_loss(config: DPOConfig, datasets: Sequence[TokenizedDataset]) -> Loss
     return _combined(config, rankings=rankings, ranked=any(dataset.has_ranks for dataset in datasets))
 
 
-def needs_partners(config: DPOConfig, dataset: TokenizedDataset) -> bool:
-    """Whether each completion of this data is to be accompanied by one of another prompt."""
-    return dataset.labelled and any(LOSSES[name].candidates == 2 for name in config.losses)
+def with_needed_partners(config: DPOConfig, dataset: TokenizedDataset) -> TokenizedDataset:
+    """The data, each completion accompanied by one of another prompt where an objective compares with such."""
+    if dataset.labelled and any(LOSSES[name].candidates == 2 for name in config.losses):
+        return with_partners(dataset, config.max_length)
+    return dataset
 
 
 def _check_data(name: str, path: str, dataset: TokenizedDataset) -> None:
@@ -116,12 +120,12 @@ def _check_data(name: str, path: str, dataset: TokenizedDataset) -> None:
             f"allowed with this data: {fitting}; choose one of them, or other data"
         )
     if row.candidates is None and "ranks" not in row.data:
-        for group in dataset.groups:
-            if group.ranks is not None and group.ranks[1] == 0:
-                raise InputError(
-                    f"{group.origin}: completions tie for the first rank, and --loss {name} needs "
-                    "one best; allowed: plackett_luce or a loss of pairs; choose one of them, or break the tie"
-                )
+        tied = np.flatnonzero((dataset.ranks() == 0).sum(axis=1) > 1)
+        if len(tied):
+            raise InputError(
+                f"{dataset.groups[tied[0]].origin}: completions tie for the first rank, and --loss {name} needs one "
+                "best; allowed: plackett_luce or a loss of pairs; choose one of them, or break the tie"
+            )
 
 
 def scalars_of(config: DPOConfig) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.config import DPOConfig
+from jaxdpo.config import DPOConfig, RunConfig
+from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.layout import fill_of
 from jaxdpo.data.packing import Layout
-from jaxdpo.data.pipeline import StepPlan, microbatches
-from jaxdpo.data.tokenize import TokenizedDataset
+from jaxdpo.data.pipeline import microbatches
+from jaxdpo.data.plan import StepPlan
 from jaxdpo.losses import LOSSES, LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.train.optimizer import make_optimizer
@@ -46,9 +47,9 @@ def measured_peak(dtype: str, *, size: int = 1024, seconds: float = 0.3) -> floa
 
 
 def print_forecast(
-    config: DPOConfig,
+    config: RunConfig,
     loss: LossSpec,
-    decoder: Decoder,
+    model: Decoder,
     params: dict,
     datasets: Sequence[TokenizedDataset],
     layout: Layout,
@@ -61,27 +62,24 @@ def print_forecast(
     sampled = [microbatches(datasets[0], step, layout) for step in order.sampled_steps()]
     per_step = sum(map(len, sampled)) / len(sampled)
     length, slots = layout.capacity.length, layout.capacity.slots
-    pairs = min(order.batch_size, order.groups)
-    flops = forward_flops(decoder.config, size, rows=layout.rows, length=length, slots=slots)
+    pairs = min(order.batch_size, order.groups_per_epoch)
+    flops = forward_flops(model.config, size, rows=layout.rows, length=length, slots=slots)
     # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's at the end.
-    moving = config.ref_model_sync_steps is not None
+    moving = isinstance(config, DPOConfig) and config.ref_model_sync_steps is not None
     coupled = loss.coupling in ("statistic", "sort") and per_step > 1  # all log-probs first, then the gradient
     passes = 2 * sum(map(len, datasets[1:])) / pairs + coupled * total
     passes += total if moving else loss.needs_reference * min(total, order.num_steps_per_epoch)
     work = flops * per_step * (BACKWARD * total + passes)
-    seconds = work / (UTILISATION * measured_peak(decoder.compute_dtype) * len(devices))
+    seconds = work / (UTILISATION * measured_peak(model.compute_dtype) * len(devices))
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))  # on each device
     moments = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, params))) / size
     accumulated = 2 if any(len(batches) > 1 for batches in sampled) else 1
     memory = 4 * held * (1 + moments + accumulated + moving)
-    print(f"model      {size / 1e6:.1f} M parameters, {decoder.compute_dtype}, on {len(devices)} device(s)")
+    print(f"model      {size / 1e6:.1f} M parameters, {model.compute_dtype}, on {len(devices)} device(s)")
     print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"
-    print(
-        f"run        {total} steps of {pairs} {groups} in {per_step:.1f} microbatches; {config.loss}, "
-        f"beta {config.beta:g}"
-    )
-    if datasets[0].candidates > 2 and not datasets[0].labelled:
+    print(f"run        {total} steps of {pairs} {groups} in {per_step:.1f} microbatches; {config.objective}")
+    if isinstance(config, DPOConfig) and datasets[0].candidates > 2 and not datasets[0].labelled:
         over = [name for name in config.losses if LOSSES[name].candidates == 2]
         if over:
             print(f"           {', '.join(over)} over all ordered pairs of each ranking")

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.losses import LossSpec
 from jaxdpo.reference import DatasetLogps, LogpProgram, slot_logps
 from jaxdpo.sharding import place_batch
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.evaluation import Evaluation
-from jaxdpo.train.objective import Sums, group_data, group_losses, step_counts
+from jaxdpo.train.interrupt import Interruption
+from jaxdpo.train.loggers import Loggers
+from jaxdpo.train.objective import Outputs, group_data, group_losses, step_counts
 from jaxdpo.train.state import TrainState, move_reference
 from jaxdpo.train.step import Microbatch, StepPrograms, run_step, shortest
-from jaxdpo.train.writer import MetricsWriter
-from jaxdpo.types import Batch, Origin, RunStopped
+from jaxdpo.types import Batch, RunInterrupted, RunStopped
 
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """How far the first loss may be from that of a policy equal to its reference (ln 2 for DPO), by compute dtype; in
@@ -36,6 +38,8 @@ class Schedule(NamedTuple):
     save_every: int
     eval_every: int | None
     learning_rate: Callable[[int], Any]
+    save_evaluated: bool = False
+    """Whether every state that is evaluated is saved: one of them may be the best."""
 
 
 class MovingReference(NamedTuple):
@@ -56,8 +60,8 @@ class Objective(NamedTuple):
     reference: DatasetLogps | MovingReference | None
     """Stored log-probs, a reference that moves, or none."""
     dtype: str
-    origins: Sequence[Origin] = ()
-    """Where each example came from, for messages; empty where there is no file."""
+    groups: Sequence[TokenizedGroup] = ()
+    """Of each example, for messages that name where it came from; empty where that is not known."""
 
     def ref_logps(self, state: TrainState, batch: Batch) -> Any:
         """`[rows, slots]` log-probs of the reference on a batch; None without one."""
@@ -75,7 +79,7 @@ def train(
     schedule: Schedule,
     *,
     evaluate: Callable[[TrainState], Evaluation] | None,
-    writer: MetricsWriter,
+    writer: Loggers,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, Evaluation | None]:
     """Runs optimizer steps until `schedule.total`; the last one is always evaluated and saved.
@@ -93,11 +97,13 @@ def train(
       The last state, and its evaluation; None without held-out data, or if nothing was left to do.
     Raises:
       FloatingPointError: for a loss or gradient that is not finite; names step, examples and last good checkpoint.
-      RunStopped: if the first loss is not that of a policy equal to its reference.
+      RunInterrupted: after Ctrl-C or SIGTERM; the step that was under way is done and saved.
+      RunStopped: if the first loss is not that of a policy equal to its reference, or a disk is full.
     """
     mesh = state.mesh
     evaluation = None
-    with tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step") as bar:
+    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step")
+    with progress as bar, Interruption() as stop:
         began = time.perf_counter()
         for step, batches in steps:
             counts = step_counts(batches)
@@ -105,11 +111,10 @@ def train(
                 place_batch(Microbatch(batch, objective.ref_logps(state, batch)), mesh) for batch in batches
             ]
             state, metrics, losses = run_step(programs, state, microbatches, counts, objective.scalars)
+            stop.hold()
             seconds = time.perf_counter() - began
             if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
-                raise FloatingPointError(
-                    _not_finite(step + 1, metrics, batches, losses, objective.origins, checkpoints)
-                )
+                raise FloatingPointError(_not_finite(step + 1, metrics, batches, losses, objective.groups, checkpoints))
             if step == 0:
                 check_first_loss(metrics, microbatches, objective)
             moving = objective.reference if isinstance(objective.reference, MovingReference) else None
@@ -122,18 +127,24 @@ def train(
                 "tokens": sum(int((batch.group > 0).sum()) for batch in batches),
                 "pairs_per_second": float(counts.groups) / seconds,
             }
-            last = step + 1 == schedule.total
+            last, evaluated = step + 1 == schedule.total, None
             if evaluate and (last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0)):
-                evaluation = evaluate(state)
-                row |= evaluation.metrics
+                evaluation = evaluated = evaluate(state)
+                row |= evaluated.metrics
             writer.write(row)
-            if last or (step + 1) % schedule.save_every == 0:
-                checkpoints.save(state)
+            stopping = stop.requested  # read once: a signal that comes during the save waits for the next step
+            due = last or stopping or (step + 1) % schedule.save_every == 0
+            if due or (evaluated and schedule.save_evaluated):
+                checkpoints.save(state, evaluated.metrics if evaluated else None)
             shown = [f"{name} {row[name]:.4f}" for name in SHOWN if name in row]
             bar.set_postfix_str(", ".join([*shown, f"{row['pairs_per_second']:.2f} pairs/s"]), refresh=False)
             bar.update()
             began = time.perf_counter()
-    checkpoints.wait()
+            if stopping:
+                break
+        checkpoints.wait()
+        if stop.signal is not None:
+            raise RunInterrupted(_interrupted(stop.signal.name, checkpoints, schedule.total), stop.signal)
     return state, evaluation
 
 
@@ -166,8 +177,14 @@ def _loss_at_reference(microbatches: Sequence[Microbatch], objective: Objective)
     whole: Microbatch = jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts)), *microbatches)
     data = group_data(*whole, objective.scalars)
     shared = {} if objective.loss.running is None else {"baseline": 0.0}  # all rewards are 0
-    losses = group_losses(objective.loss, Sums(data.ref_logps, {}), data, objective.scalars, shared)
+    losses = group_losses(objective.loss, Outputs(data.ref_logps, {}), data, objective.scalars, shared)
     return float(losses.sum() / jnp.asarray(whole.batch.group_mask).sum())
+
+
+def _interrupted(signal: str, checkpoints: Checkpoints, total: int) -> str:
+    step = checkpoints.latest_step
+    done = f"all {total} steps, before the export" if step == total else f"step {step} of {total}"
+    return f"{signal} after {done}, saved in {checkpoints.directory}; give the same command again to go on from there"
 
 
 def _not_finite(
@@ -175,13 +192,13 @@ def _not_finite(
     metrics: Mapping[str, float],
     batches: list[Batch],
     losses: list[Any],
-    origins: Sequence[Origin],
+    groups: Sequence[TokenizedGroup],
     checkpoints: Checkpoints,
 ) -> str:
     ids = np.concatenate([batch.example_id[batch.group_mask] for batch in batches])
     values = np.concatenate([np.asarray(loss)[batch.group_mask] for batch, loss in zip(batches, losses, strict=True)])
     culprits = sorted((ids[~np.isfinite(values)] if not np.isfinite(values).all() else ids).tolist())
-    named = f": {'; '.join(str(origins[i]) for i in culprits)}" if origins else ""
+    named = f": {'; '.join(str(groups[i].origin) for i in culprits)}" if len(groups) else ""
     checkpoints.wait()
     saved = checkpoints.latest_step
     where = "no checkpoint was saved yet" if saved is None else f"last good: {checkpoints.directory / str(saved)}"

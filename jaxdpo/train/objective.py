@@ -1,22 +1,29 @@
-"""What a loss reads of a batch: the policy's sums over every completion, and what the data says of them.
+"""What a model is trained for: what is measured of it on a batch, what is minimised, and what is reported.
 
 The same functions serve a microbatch in a training step, all microbatches of a step at once, and a whole held-out set.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdpo.logprobs import STATISTICS, candidate_lengths, sequence_logps, token_statistics
 from jaxdpo.losses import LossSpec, RunningMean
-from jaxdpo.losses.metrics import preference_metrics, unpaired_metrics
+from jaxdpo.losses.metrics import mean_metrics, preference_metrics, unpaired_metrics
+from jaxdpo.losses.reward_metrics import reward_metrics
 from jaxdpo.models import Decoder
+from jaxdpo.rewards import candidate_rewards
 from jaxdpo.types import Array, Batch
 
 Scalars = Mapping[str, Any]
 """Options of the objective by name; they are traced, so sweeping them does not recompile."""
+Metrics = dict[str, jax.Array]
+
+EXTREMES = {"min_reward": (jnp.minimum, jnp.inf), "max_reward": (jnp.maximum, -jnp.inf)}
+"""Metrics that are not means over groups: how two of them make one, and what an empty group has."""
 
 
 class Counts(NamedTuple):
@@ -28,17 +35,17 @@ class Counts(NamedTuple):
     """float32 scalar: tokens of a group's best completion, on average."""
 
 
-class Sums(NamedTuple):
-    """What a policy says of every completion: `[..., groups, candidates]` each, nats."""
+class Outputs(NamedTuple):
+    """What a model says of every completion: `[..., groups, candidates]` each."""
 
-    logps: Array
-    """Log-probs."""
+    values: Array
+    """Log-probs, nats; of a reward model, rewards."""
     statistics: dict[str, Array]
-    """Sums over tokens of what the loss asks for besides, by name in `jaxdpo.logprobs.STATISTICS`."""
+    """Sums over tokens of whatever else the task asks for, by name in `jaxdpo.logprobs.STATISTICS`."""
 
 
 class GroupData(NamedTuple):
-    """What a loss reads besides the policy: `[..., groups, candidates]` each."""
+    """What a loss reads besides the model's outputs: `[..., groups, candidates]` each, unless said otherwise."""
 
     ref_logps: Array | None
     """Log-probs of the reference, nats; None without one."""
@@ -50,6 +57,19 @@ class GroupData(NamedTuple):
     """As `Batch.rank`."""
     label: Array | None
     """As `Batch.label`."""
+    margin: Array | None = None
+    """`[..., groups]` as `Batch.margin`."""
+
+
+class Task(NamedTuple):
+    """What a model is trained for."""
+
+    loss: LossSpec
+    """What is minimised."""
+    measure: Callable[[dict, Batch, Scalars], Outputs]
+    """`(params, batch, scalars) -> outputs`, differentiable in the parameters."""
+    metrics: Callable[[Outputs, GroupData, Counts, Scalars], Metrics]
+    """`(outputs, data, counts, scalars) -> metrics of every group`, `[..., groups]` each; 0 for empty ones."""
 
 
 def step_counts(batches: Sequence[Batch]) -> Counts:
@@ -67,54 +87,119 @@ def statistics_of(loss: LossSpec) -> tuple[str, ...]:
     return tuple(name for name in loss.data if name in STATISTICS)
 
 
-def policy_sums(decoder: Decoder, params: dict, batch: Batch, loss: LossSpec, scalars: Scalars) -> Sums:
-    """One forward pass over a batch, with what the loss asks for."""
-    tokens, others = token_statistics(decoder, params, batch, statistics_of(loss))
-    logps = sequence_logps(tokens, batch, tail_weight=scalars.get("ld_alpha"))
-    return Sums(logps, {name: sequence_logps(value, batch) for name, value in others.items()})
+def preference_task(decoder: Decoder, loss: LossSpec) -> Task:
+    """A policy that learns from completions which are compared, or judged one by one."""
+
+    def metrics(policy: Outputs, data: GroupData, counts: Counts, scalars: Scalars) -> Metrics:
+        del counts
+        common = {"beta": scalars["beta"], "where": data.where}
+        if data.label is not None:
+            return unpaired_metrics(policy.values, data.ref_logps, label=data.label[..., 0], **common)
+        return preference_metrics(policy.values, data.ref_logps, lengths=data.lengths, ranks=data.ranks, **common)
+
+    return Task(loss, _policy(decoder, statistics_of(loss)), metrics)
+
+
+IMITATION_STATISTICS = ("correct", "entropy")
+
+
+def imitation_task(decoder: Decoder, loss: LossSpec) -> Task:
+    """A policy that learns single completions by heart; reports TRL's means over their tokens."""
+
+    def metrics(policy: Outputs, data: GroupData, counts: Counts, scalars: Scalars) -> Metrics:
+        del data, scalars
+        names = {"correct": "mean_token_accuracy", "entropy": "entropy"}
+        tokens = jnp.maximum(counts.mean_length, 1)  # so the mean over groups is the mean over tokens
+        return {names[name]: policy.statistics[name][..., 0] / tokens for name in IMITATION_STATISTICS}
+
+    return Task(loss, _policy(decoder, IMITATION_STATISTICS), metrics)
+
+
+def reward_task(decoder: Decoder, loss: LossSpec) -> Task:
+    """A reward model that learns which completions are better."""
+
+    def measure(params: dict, batch: Batch, scalars: Scalars) -> Outputs:
+        del scalars
+        return Outputs(candidate_rewards(decoder, params, batch), {})
+
+    def metrics(outputs: Outputs, data: GroupData, counts: Counts, scalars: Scalars) -> Metrics:
+        del counts, scalars
+        return reward_metrics(outputs.values, ranks=data.ranks, where=data.where)
+
+    return Task(loss, measure, metrics)
+
+
+def _policy(decoder: Decoder, statistics: Sequence[str]) -> Callable[[dict, Batch, Scalars], Outputs]:
+    def measure(params: dict, batch: Batch, scalars: Scalars) -> Outputs:
+        tokens, others = token_statistics(decoder, params, batch, statistics)
+        logps = sequence_logps(tokens, batch, tail_weight=scalars.get("ld_alpha"))
+        return Outputs(logps, {name: sequence_logps(value, batch) for name, value in others.items()})
+
+    return measure
 
 
 def group_data(batch: Batch, ref_logps: Array | None, scalars: Scalars) -> GroupData:
     """What a loss reads of a batch and of the reference's log-probs `[rows, slots]`."""
     reference = None if ref_logps is None else sequence_logps(ref_logps, batch, tail_weight=scalars.get("ld_alpha"))
-    return GroupData(reference, batch.candidate_mask, candidate_lengths(batch), batch.rank, batch.label)
+    lengths = candidate_lengths(batch)
+    return GroupData(reference, batch.candidate_mask, lengths, batch.rank, batch.label, batch.margin)
 
 
 def group_losses(
-    loss: LossSpec, policy: Sums, data: GroupData, scalars: Scalars, shared: Mapping[str, Any] | None = None
+    loss: LossSpec, outputs: Outputs, data: GroupData, scalars: Scalars, shared: Mapping[str, Any] | None = None
 ) -> jax.Array:
     """The loss of every group, `[..., groups]`; 0 for empty ones.
 
     Args:
       loss: what to compute.
-      policy: of the groups.
+      outputs: of the model on the groups.
       data: of the groups.
       scalars: options by name; those that the loss does not name are left out.
       shared: what a coupled loss takes of the whole step: `mean_length` or `baseline`; by default these groups are all.
     """
     label = None if data.label is None else data.label[..., 0]  # of the completion, not of its partner
-    available = {"lengths": data.lengths, "ranks": data.ranks, "label": label, **policy.statistics}
+    of_data = {"lengths": data.lengths, "ranks": data.ranks, "label": label, "margin": data.margin}
+    available = {**of_data, **outputs.statistics}
     arrays = {name: available[name] for name in loss.data}
     options = {name: scalars[name] for name in loss.options if name in scalars}
-    return loss.fn(policy.logps, data.ref_logps, where=data.where, **arrays, **options, **(shared or {}))
-
-
-def group_metrics(policy: Sums, data: GroupData, scalars: Scalars) -> dict[str, jax.Array]:
-    """TRL-named metrics of every group, `[..., groups]` each; 0 for empty ones. `mean_metrics` takes their sums."""
-    common = {"beta": scalars["beta"], "where": data.where}
-    if data.label is not None:
-        return unpaired_metrics(policy.logps, data.ref_logps, label=data.label[..., 0], **common)
-    return preference_metrics(policy.logps, data.ref_logps, lengths=data.lengths, ranks=data.ranks, **common)
+    return loss.fn(outputs.values, data.ref_logps, where=data.where, **arrays, **options, **(shared or {}))
 
 
 def shared_state(
-    loss: LossSpec, policy: Sums, data: GroupData, counts: Counts, running: RunningMean | None, scalars: Scalars
+    loss: LossSpec, outputs: Outputs, data: GroupData, counts: Counts, running: RunningMean | None, scalars: Scalars
 ) -> tuple[dict[str, Any], RunningMean | None]:
     """What a coupled loss takes of the whole step (see `group_losses`), and the running mean after it."""
     if loss.coupling == "denominator":
         return {"mean_length": counts.mean_length}, running
     if loss.running is None:
         return {}, running
-    logps = jax.lax.stop_gradient(policy.logps)
-    running = loss.running(running, logps, data.ref_logps, where=data.where, beta=scalars["beta"])
+    values = jax.lax.stop_gradient(outputs.values)
+    running = loss.running(running, values, data.ref_logps, where=data.where, beta=scalars["beta"])
     return {"baseline": running.mean}, running
+
+
+def totals(metrics: Metrics, where: Array) -> Metrics:
+    """Sums over the groups of metrics `[..., groups]`, and the extremes among them; `where` is of the candidates."""
+    exists = where.any(axis=-1)  # [..., groups]
+
+    def total(name: str, value: jax.Array) -> jax.Array:
+        if name not in EXTREMES:
+            return value.sum()
+        extreme, of_none = EXTREMES[name]
+        return extreme.reduce(jnp.where(exists, value, of_none), axis=None)
+
+    return {name: total(name, value) for name, value in metrics.items()}
+
+
+def joined_totals(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The totals of several microbatches as those of one."""
+    joined = dict(parts[0])
+    for part in parts[1:]:
+        joined = {name: EXTREMES.get(name, (np.add,))[0](value, part[name]) for name, value in joined.items()}
+    return joined
+
+
+def mean_totals(sums: Mapping[str, Array], groups: Array) -> Metrics:
+    """What is reported of the totals of a step, or of a whole set, of so many groups."""
+    extremes = {name: jnp.asarray(value) for name, value in sums.items() if name in EXTREMES}
+    return mean_metrics({name: value for name, value in sums.items() if name not in EXTREMES}, groups) | extremes

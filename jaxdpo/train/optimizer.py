@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxdpo.config import DPOConfig
+from jaxdpo.config import RunConfig
 
 Schedule = Callable[[Any], Any]
 
@@ -38,7 +38,7 @@ def adamw(schedule: Schedule) -> optax.GradientTransformation:
 OPTIMIZERS: dict[str, Callable[[Schedule], optax.GradientTransformation]] = {"rmsprop": rmsprop, "adamw": adamw}
 
 
-def make_optimizer(config: DPOConfig) -> optax.GradientTransformation:
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """The configured optimizer: clipping by global norm first (unless `max_grad_norm` is 0), then the update rule."""
     update = OPTIMIZERS[config.optimizer](warmup_schedule(config.learning_rate, config.warmup_steps))
     if config.max_grad_norm == 0:

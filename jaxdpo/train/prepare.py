@@ -2,30 +2,32 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import tqdm
 
-from jaxdpo.config import DPOConfig
+from jaxdpo.config import RunConfig
+from jaxdpo.data.audit import Audit
+from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.layout import choose_capacity
+from jaxdpo.data.load import Loaded, load_dataset
 from jaxdpo.data.packing import Layout
-from jaxdpo.data.partners import with_partners
-from jaxdpo.data.pipeline import StepPlan
-from jaxdpo.data.sources import LoadedPreferences, load_preferences
-from jaxdpo.data.tokenize import TokenizedDataset, tokenize_dataset
+from jaxdpo.data.plan import StepPlan
+from jaxdpo.data.sources import open_sources
 from jaxdpo.hf import load_config, load_hf, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.sharding import batch_size_multiple, make_mesh
 from jaxdpo.train.checkpoint import tree_digests
-from jaxdpo.train.choose import check_objective, choose_loss, needs_partners
 from jaxdpo.train.forecast import print_forecast
 from jaxdpo.train.loop import Schedule
+from jaxdpo.train.objective import Task
 from jaxdpo.train.optimizer import warmup_schedule
+from jaxdpo.train.run_dir import RunDir
 from jaxdpo.types import InputError
 
 MICROBATCH_TOKENS = {"cpu": 2048}
@@ -36,25 +38,51 @@ SAVES = 10
 
 
 class Data(NamedTuple):
-    """A data file, read and tokenised."""
+    """What `--data` or `--eval-data` names, read and tokenised."""
 
-    loaded: LoadedPreferences
+    loaded: Loaded
     dataset: TokenizedDataset
+    """What is trained on: the loaded one, as the recipe adapts it."""
+
+
+class Recipe(NamedTuple):
+    """What one kind of training does its own way."""
+
+    choose_loss: Callable[[Any, Sequence[TokenizedDataset]], LossSpec]
+    """What is minimised on training and held-out data; InputError for data that it cannot be made of."""
+    scalars: Callable[[Any], dict[str, Any]]
+    """The options that the loss is called with, by name."""
+    load: Callable[..., tuple[Any, dict]]
+    """`(configuration, directory, *, compute_dtype, mesh) -> decoder, parameters`."""
+    task: Callable[[Decoder, LossSpec], Task]
+    """Of the decoder and the loss."""
+    export: Callable[[RunDir, "Prepared", dict], None]
+    """Writes the model with these parameters to the run's `export/`."""
+    head: Literal["lm", "score"] = "lm"
+    """What the model ends in."""
+    check: Callable[[Any], None] = lambda config: None
+    """InputError for options of a configuration that do not go together; called before anything is read."""
+    selection: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """Keywords of `load_dataset` that say what of the data is trained on."""
+    adapt: Callable[[Any, TokenizedDataset], TokenizedDataset] = lambda config, dataset: dataset
+    """What is trained on, of the configuration and the data as they were read."""
+    keep_best: str | None = None
+    """The metric of held-out data by which the exported checkpoint is chosen; None: the last one."""
 
 
 class Prepared(NamedTuple):
     """A run before its first pass over the data: everything checked, nothing trained."""
 
-    config: DPOConfig
+    config: RunConfig
     """Resolved: nothing is left to be chosen."""
     data: list[Data]
     """The training data and, where there is one, the held-out data."""
     loss: LossSpec
     """What is minimised on them."""
-    model: Path
-    """Directory it was read from."""
+    source: Path
+    """Directory that the model was read from."""
     tokenizer: Any
-    decoder: Decoder
+    model: Decoder
     params: dict
     layout: Layout
     order: StepPlan
@@ -64,35 +92,37 @@ class Prepared(NamedTuple):
     """Saved with every checkpoint."""
 
 
-def prepare(config: DPOConfig, devices: Sequence[jax.Device]) -> Prepared:
+def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) -> Prepared:
     """Reads data and model, chooses the layout and prints the plan; writes nothing.
 
     Args:
       config: as claimed by `claim`.
+      recipe: what is trained.
       devices: where it will run. As many of them as divide the model's width split the parameters.
     Raises:
       InputError: for whatever of it cannot be used.
     """
-    check_objective(config)
-    paths = [path for path in (config.data, config.eval_data) if path is not None]
-    loaded = [load_preferences(path, config.format) for path in paths]
-    for item in loaded:
-        print(f"data       {item.summary()}")
-    model = resolve_model(config.model)
-    print(f"model      {config.model}, from {model}")
-    architecture = load_config(model)
-    tokenizer = load_tokenizer(model)
-    data = [Data(item, _tokenize(item, tokenizer, config)) for item in loaded]
+    recipe.check(config)
+    names = [name for name in (config.data, config.eval_data) if name is not None]
+    for name in names:
+        open_sources(name)  # before a model is downloaded
+    source = resolve_model(config.model)
+    print(f"model      {config.model}, from {source}")
+    architecture = load_config(source, head=recipe.head)
+    tokenizer = load_tokenizer(source)
+    shares = (config.data_shares, None)  # held-out data is seen as it is
+    data = [_load(*item, tokenizer, config, recipe) for item in zip(names, shares, strict=False)]
     for _, dataset in data:
-        _check_fits(dataset, architecture)
-    loss = choose_loss(config, [item.dataset for item in data])
+        check_fits(dataset, architecture)
+    loss = recipe.choose_loss(config, [item.dataset for item in data])
 
-    mesh = make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
-    platform = devices[0].platform
-    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    decoder, params = load_hf(model, compute_dtype=dtype, mesh=mesh)
-    microbatch_tokens = config.microbatch_tokens or MICROBATCH_TOKENS.get(platform, MICROBATCH_TOKENS_ELSEWHERE)
-    order = StepPlan(len(data[0].dataset), config.batch_size, seed=config.seed, shuffle=config.shuffle)
+    mesh = mesh_of(devices, architecture)
+    dtype = config.dtype or default_dtype(devices)
+    model, params = recipe.load(config, source, compute_dtype=dtype, mesh=mesh)
+    microbatch_tokens = config.microbatch_tokens or default_microbatch_tokens(devices)
+    order = StepPlan(
+        data[0].dataset.sizes, config.batch_size, seed=config.seed, shuffle=config.shuffle, weights=config.data_shares
+    )
     layout = choose_capacity(
         [item.dataset for item in data],
         order.sampled_steps(),
@@ -111,36 +141,69 @@ def prepare(config: DPOConfig, devices: Sequence[jax.Device]) -> Prepared:
         microbatch_tokens=microbatch_tokens,
         save_every=save_every,
     )
-    print_forecast(config, loss, decoder, params, [item.dataset for item in data], layout, order, total)
+    print_forecast(config, loss, model, params, [item.dataset for item in data], layout, order, total)
     meta = {
         "config": dataclasses.asdict(config),
+        "head": recipe.head,
         "data": [item.loaded.digest for item in data],
         "initial_params": tree_digests(params),
     }
     learning_rate = warmup_schedule(config.learning_rate, config.warmup_steps)
-    schedule = Schedule(total, save_every, config.eval_every, learning_rate)
-    return Prepared(config, data, loss, model, tokenizer, decoder, params, layout, order, schedule, mesh, meta)
+    eval_every = config.eval_every or (save_every if recipe.keep_best and config.eval_data else None)
+    schedule = Schedule(total, save_every, eval_every, learning_rate, recipe.keep_best is not None)
+    return Prepared(config, data, loss, source, tokenizer, model, params, layout, order, schedule, mesh, meta)
 
 
-def _tokenize(loaded: LoadedPreferences, tokenizer: Any, config: DPOConfig) -> TokenizedDataset:
-    with tqdm.tqdm(total=len(loaded.preferences), desc="tokenize", unit="pair", leave=False, disable=None) as bar:
-        dataset = tokenize_dataset(loaded.preferences, tokenizer, config.max_length, progress=bar.update)
-    print(f"tokens     {loaded.path}: {dataset.summary()}")
-    return with_partners(dataset, config.max_length) if needs_partners(config, dataset) else dataset
+def mesh_of(devices: Sequence[jax.Device], architecture: TransformerConfig) -> jax.sharding.Mesh:
+    """As many devices as divide the model's width split the parameters; the others repeat them."""
+    return make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
 
 
-def _check_fits(dataset: TokenizedDataset, architecture: TransformerConfig) -> None:
-    """InputError, naming file and line, for a path beyond the model's positions or a token beyond its vocabulary."""
+def default_dtype(devices: Sequence[jax.Device]) -> str:
+    """What is computed in where `dtype` is not given."""
+    return "float32" if devices[0].platform == "cpu" else "bfloat16"
+
+
+def default_microbatch_tokens(devices: Sequence[jax.Device]) -> int:
+    """Most tokens of one forward pass per device where `microbatch_tokens` is not given."""
+    return MICROBATCH_TOKENS.get(devices[0].platform, MICROBATCH_TOKENS_ELSEWHERE)
+
+
+def load_policy(config: RunConfig, source: Path, **placement: Any) -> tuple[Decoder, dict]:
+    """`Recipe.load` of a language model."""
+    del config
+    return load_hf(source, **placement)
+
+
+def _load(name: str, weights: tuple[float, ...] | None, tokenizer: Any, config: RunConfig, recipe: Recipe) -> Data:
+    """What a text of `--data` names; prints what it holds."""
+    with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=None) as bar:
+        loaded = load_dataset(
+            name,
+            tokenizer,
+            config.max_length,
+            format=config.format,
+            weights=weights,
+            audit=Audit(tokenizer),
+            progress=bar.update,
+            **recipe.selection(config),
+        )
+    print(f"data       {loaded.summary()}")
+    print(f"tokens     {loaded.dataset.summary()}")
+    return Data(loaded, recipe.adapt(config, loaded.dataset))
+
+
+def check_fits(dataset: TokenizedDataset, architecture: TransformerConfig) -> None:
+    """InputError, naming the record, for a path beyond the model's positions or a token beyond its vocabulary."""
     positions, vocabulary = architecture.max_positions, architecture.vocab_size
-    for group in dataset.groups:
-        if group.longest_path > positions:
-            raise InputError(
-                f"{group.origin}: prompt and completion have {group.longest_path} tokens; allowed: "
-                f"the model's {positions} positions; fix: --max-length {positions}, which cuts and counts"
-            )
-        largest = max(int(ids.max()) for ids in (group.prompt, *group.completions))
-        if largest >= vocabulary:
-            raise InputError(
-                f"{group.origin}: the tokenizer gives id {largest}; allowed: below the model's "
-                f"vocabulary of {vocabulary}; fix: use the model's own tokenizer, or resize its embeddings"
-            )
+    longest, largest = int(dataset.longest_path.argmax()), int(dataset.largest_id.argmax())
+    if dataset.longest_path[longest] > positions:
+        raise InputError(
+            f"{dataset.groups[longest].origin}: prompt and completion have {dataset.longest_path[longest]} tokens; "
+            f"allowed: the model's {positions} positions; fix: --max-length {positions}, which cuts and counts"
+        )
+    if dataset.largest_id[largest] >= vocabulary:
+        raise InputError(
+            f"{dataset.groups[largest].origin}: the tokenizer gives id {dataset.largest_id[largest]}; allowed: below "
+            f"the model's vocabulary of {vocabulary}; fix: use the model's own tokenizer, or resize its embeddings"
+        )

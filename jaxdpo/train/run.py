@@ -1,29 +1,30 @@
-"""One DPO run, from raw records to an exported Hugging Face directory. It reads top to bottom."""
+"""One training run, from raw records to an exported Hugging Face directory. It reads top to bottom."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxdpo import plots
-from jaxdpo.config import DPOConfig
+from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.pipeline import first_epoch, prefetched
-from jaxdpo.reference import DatasetLogps, LogpProgram, dataset_logps, make_logp_program
-from jaxdpo.train.checkpoint import Checkpoints, read_meta
-from jaxdpo.train.choose import scalars_of
+from jaxdpo.disk import writing
+from jaxdpo.reference import DatasetLogps, dataset_logps, make_logp_program
+from jaxdpo.train.checkpoint import Checkpoints, load_params, read_meta
 from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
-from jaxdpo.train.export import keep_model_files, write_export
+from jaxdpo.train.export import keep_model_files
+from jaxdpo.train.loggers import check_loggers, open_loggers
 from jaxdpo.train.loop import MovingReference, Objective, train
-from jaxdpo.train.objective import statistics_of
 from jaxdpo.train.optimizer import make_optimizer
-from jaxdpo.train.prepare import Prepared, prepare
+from jaxdpo.train.prepare import Prepared, Recipe, prepare
 from jaxdpo.train.run_dir import RunDir, claim, write_config
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.train.step import make_programs
-from jaxdpo.train.writer import MetricsWriter, read_metrics
+from jaxdpo.train.writer import read_metrics
 from jaxdpo.types import InputError
 
 REF_MODEL_MIXUP_ALPHA = 0.6
@@ -43,45 +44,53 @@ class RunResult(NamedTuple):
     """Of this call, from its first line to the export."""
 
 
-def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
-    """Trains a policy by DPO, or continues to, and exports it.
+def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
+    """Trains a model, or continues to, and exports it.
 
     Args:
-      config: what `jaxdpo dpo` takes.
+      config: of the run.
+      recipe: what this kind of training does its own way.
       devices: where to run; all devices by default.
     Raises:
       InputError: for bad input: model, data, directory or options.
       FloatingPointError: for a loss or gradient that is not finite.
-      RunStopped: if policy and reference are not computed alike: the first loss is not that of equal ones.
+      RunInterrupted: after Ctrl-C or SIGTERM in training.
+      RunStopped: if policy and reference are not computed alike: the first loss is not that of equal ones; or if a
+        disk is full or read-only.
     """
     began = time.perf_counter()
+    check_loggers(config.loggers)
     config, run = claim(config), RunDir(Path(config.output_dir))
-    ready = prepare(config, jax.devices() if devices is None else devices)
+    ready = prepare(config, recipe, jax.devices() if devices is None else devices)
     config, data, schedule, loss = ready.config, ready.data, ready.schedule, ready.loss
-    decoder, layout, order, mesh = ready.decoder, ready.layout, ready.order, ready.mesh
-    scalars, moving = scalars_of(config), config.ref_model_sync_steps is not None
+    layout, order, mesh, scalars = ready.layout, ready.order, ready.mesh, recipe.scalars(ready.config)
+    task = recipe.task(ready.model, loss)
     run.create()
-    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(run.checkpoints, ready.meta)) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(Checkpoints(run.checkpoints, ready.meta, keep_best=recipe.keep_best)) as checkpoints,
+    ):
         start = _starting_step(checkpoints, schedule.total)
         write_config(run, config)
-        keep_model_files(run, ready.model, ready.tokenizer)
-        program = make_logp_program(decoder, statistics=statistics_of(loss), tail_weight=config.ld_alpha)
+        keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
-        state = init_state(ready.params, optimizer, mesh, loss=loss, moving_reference=moving)
+        state = init_state(ready.params, optimizer, mesh, loss=loss, moving_reference=_moving(config))
         before = held_out = None
         if len(data) > 1:
-            before, held_out = held_out_evaluation(loss, scalars, program, data[1].dataset, layout, state)
-        reference = _reference(config, ready, program, schedule.total if start < schedule.total else 0)
-        origins = [group.origin for group in data[0].dataset.groups]
-        objective = Objective(loss, scalars, reference, decoder.compute_dtype, origins)
+            before, held_out = held_out_evaluation(task, scalars, data[1].dataset, layout, state)
+        reference = _reference(config, ready, schedule.total if start < schedule.total else 0)
+        objective = Objective(loss, scalars, reference, str(config.dtype), data[0].dataset.groups)
         if start:
             state = _resumed(state, checkpoints)
-        with contextlib.closing(MetricsWriter(run.metrics, resume_step=start)) as writer:
+        name, options = config.run_name or run.root.absolute().name, dataclasses.asdict(config)
+        with contextlib.closing(
+            open_loggers(config.loggers, run.root, run_name=name, config=options, resume_step=start)
+        ) as writer:
             if before is not None and start == 0:
                 writer.write({"step": 0, **before.metrics})
             state, after = train(
                 state,
-                make_programs(decoder, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)),
+                make_programs(task, optimizer, jax.tree.map(lambda x: x.sharding, state)),
                 prefetched(data[0].dataset, order, layout, start, schedule.total),
                 objective,
                 schedule,
@@ -89,21 +98,29 @@ def run_dpo(config: DPOConfig, *, devices: Sequence[jax.Device] | None = None) -
                 writer=writer,
                 checkpoints=checkpoints,
             )
-        if held_out is not None and after is None:  # the run was complete already
+        if recipe.keep_best and checkpoints.best_step not in (None, schedule.total):
+            print(f"best       step {checkpoints.best_step}: highest {recipe.keep_best}")
+            state, after = _best(state, checkpoints), None
+        if held_out is not None and after is None:  # of the best, or the run was complete already
             after = held_out(state)
-        write_export(run.export, decoder, state.params, run, overwrite=True)
-        plots.save_curves(
-            read_metrics(run.metrics), run.curves, title=f"{config.model}, {config.loss} on {Path(config.data).name}"
-        )
+        recipe.export(run, ready, state.params)
+        title = f"{config.model}, {config.objective} on {Path(config.data).name}"
+        with writing(run.curves):
+            plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
     return RunResult(schedule.total, before, after, time.perf_counter() - began)
 
 
-def _reference(
-    config: DPOConfig, ready: Prepared, program: LogpProgram, steps: int
-) -> DatasetLogps | MovingReference | None:
+def _moving(config: RunConfig) -> bool:
+    """Whether the reference follows the policy."""
+    return isinstance(config, DPOConfig) and config.ref_model_sync_steps is not None
+
+
+def _reference(config: RunConfig, ready: Prepared, steps: int) -> DatasetLogps | MovingReference | None:
     """The reference of a run of so many steps: its stored log-probs, unless it moves or there is none."""
     if not ready.loss.needs_reference:
         return None
+    assert isinstance(config, DPOConfig)
+    program = make_logp_program(ready.model, tail_weight=config.ld_alpha)
     if config.ref_model_sync_steps is not None:
         mixup = REF_MODEL_MIXUP_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
         return MovingReference(program, config.ref_model_sync_steps, mixup)
@@ -134,8 +151,19 @@ def _starting_step(checkpoints: Checkpoints, total: int) -> int:
     return saved["step"]
 
 
+def _best(state: TrainState, checkpoints: Checkpoints) -> TrainState:
+    """The last state with the best checkpoint's parameters."""
+    like = _shapes(state.params)
+    jax.tree.map(lambda x: x.delete(), state.params)
+    return state._replace(params=load_params(checkpoints.directory / str(checkpoints.best_step), like))
+
+
 def _resumed(state: TrainState, checkpoints: Checkpoints) -> TrainState:
     """The latest checkpoint's state in place of `state`, whose memory is given back first."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    like = _shapes(state)
     jax.tree.map(lambda x: x.delete(), state)
     return checkpoints.restore(like)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,6 +1,6 @@
 """The directory of a run: what lies where, whose run it is, and whether this one may continue it.
 
-config.yaml     the resolved configuration; `jaxdpo dpo --config` on it reproduces the run
+config.yaml     the resolved configuration; the same command with `--config` on it reproduces the run
 metrics.jsonl   one object per optimizer step
 curves.png      the same as a picture
 checkpoints/    Orbax
@@ -12,19 +12,25 @@ import dataclasses
 import io
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import ruamel.yaml
 
-from jaxdpo.config import DPOConfig
+from jaxdpo.config import RunConfig
+from jaxdpo.disk import writing
 from jaxdpo.options import flag, from_mapping
 from jaxdpo.train.writer import read_metrics
 from jaxdpo.types import InputError
 
-MAY_DIFFER = frozenset({"output_dir", "resume", "epochs", "max_steps", "save_every", "eval_every"})
+MAY_DIFFER = frozenset(
+    {"output_dir", "resume", "epochs", "max_steps", "save_every", "eval_every", "report_to", "run_name"}
+)
 """Options that a resumed run may change: they do not change any step that both runs take."""
 
 CHOSEN = ("dtype", "row_length", "microbatch_tokens")
 """Options that a run chooses where they are left open; continued, it keeps its choice."""
+
+Config = TypeVar("Config", bound=RunConfig)
 
 _PATHS = ("model", "data", "eval_data")
 
@@ -86,18 +92,19 @@ def read_yaml(path: Path) -> dict:
     return mapping
 
 
-def write_config(run: RunDir, config: DPOConfig) -> None:
+def write_config(run: RunDir, config: RunConfig) -> None:
     """Writes the resolved configuration, which reproduces the run elsewhere: with `resume: auto`, whatever it was."""
     text = io.StringIO()
     yaml = ruamel.yaml.YAML()
     yaml.dump(dataclasses.asdict(dataclasses.replace(config, resume="auto")), text)
     run.create()
     temporary = run.config.with_suffix(".tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(temporary, run.config)
+    with writing(run.config):
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+        os.replace(temporary, run.config)
 
 
-def claim(config: DPOConfig) -> DPOConfig:
+def claim(config: Config) -> Config:
     """Makes `output_dir` this run's: new, or checked to hold the same run.
 
     Returns:
@@ -134,12 +141,21 @@ def claim(config: DPOConfig) -> DPOConfig:
                 "fix: bring them back, or give another directory"
             )
         print(f"resume     {run.root} holds no checkpoint yet: starting again")
-    return _continued(config, stored_config(run), run)
+    return _continued(config, stored_config(run, type(config)), run)
 
 
-def stored_config(run: RunDir) -> DPOConfig:
-    """The resolved configuration of the run in a directory."""
-    return DPOConfig(**from_mapping(DPOConfig, read_yaml(run.config), str(run.config)))
+def stored_config(run: RunDir, kind: type[Config]) -> Config:
+    """The resolved configuration of the run in a directory; InputError if it was trained by another command."""
+    stored = read_yaml(run.config)
+    foreign = set(stored) - {field.name for field in dataclasses.fields(kind)}
+    if foreign and foreign <= {
+        field.name for other in RunConfig.__subclasses__() for field in dataclasses.fields(other)
+    }:
+        raise InputError(
+            f"--output-dir {run.root} holds a run of another command, with options such as {flag(min(foreign))}; "
+            "fix: give another --output-dir"
+        )
+    return kind(**from_mapping(kind, stored, str(run.config)))
 
 
 def _has_begun(run: RunDir) -> bool:
@@ -161,10 +177,10 @@ def _same_place(asked: str | None, had: str | None) -> bool:
     )
 
 
-def _continued(config: DPOConfig, stored: DPOConfig, run: RunDir) -> DPOConfig:
+def _continued(config: Config, stored: Config, run: RunDir) -> Config:
     differing = []
     adopted = {}
-    for field in dataclasses.fields(DPOConfig):
+    for field in dataclasses.fields(config):
         name, asked, had = field.name, getattr(config, field.name), getattr(stored, field.name)
         if name in MAY_DIFFER or asked == had or (name in _PATHS and _same_place(asked, had)):
             continue

@@ -16,23 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdpo.losses import LossSpec, RunningMean
-from jaxdpo.losses.metrics import mean_metrics
-from jaxdpo.models import Decoder
+from jaxdpo.losses import RunningMean
 from jaxdpo.train.objective import (
     Counts,
+    Metrics,
+    Outputs,
     Scalars,
-    Sums,
+    Task,
     group_data,
     group_losses,
-    group_metrics,
-    policy_sums,
+    joined_totals,
+    mean_totals,
     shared_state,
+    totals,
 )
 from jaxdpo.train.state import TrainState
 from jaxdpo.types import Array, Batch
-
-Metrics = dict[str, jax.Array]
 
 FAMILIES = ("loss", "rewards", "logps")
 """What a row of metrics begins with."""
@@ -50,13 +49,13 @@ class Microbatch(NamedTuple):
 class Coupled(NamedTuple):
     """What several microbatches need besides where their groups depend on each other."""
 
-    forward: Callable[..., Sums]
-    """`(params, batch, scalars) -> sums`."""
+    forward: Callable[..., Outputs]
+    """`(params, batch, scalars) -> outputs`."""
     couple: Callable[..., tuple[list[jax.Array], RunningMean | None, Metrics, list[jax.Array]]]
-    """`(list of sums, microbatches, counts, running mean, scalars) -> (gradient of the loss by each one's log-probs,
-    running mean, sums of metrics, group losses of each)`."""
+    """`(list of outputs, microbatches, counts, running mean, scalars) -> (gradient of the loss by each one's values,
+    running mean, totals of metrics, group losses of each)`."""
     pull: Callable[..., dict]
-    """`(params, grads, batch, gradient by its log-probs, scalars) -> grads`; donates the gradients."""
+    """`(params, grads, batch, gradient by its values, scalars) -> grads`; donates the gradients."""
 
 
 class StepPrograms(NamedTuple):
@@ -67,43 +66,40 @@ class StepPrograms(NamedTuple):
     init: Callable[[dict], dict]
     """`(params) -> gradients` of zero, laid out like the parameters."""
     accumulate: Callable[..., tuple[dict, Metrics, jax.Array]]
-    """`(params, grads, microbatch, counts, scalars) -> (grads, sums of metrics, group losses)`; donates `grads`."""
+    """`(params, grads, microbatch, counts, scalars) -> (grads, totals of metrics, group losses)`; donates `grads`."""
     apply: Callable[..., tuple[TrainState, Metrics]]
-    """`(state, grads, sums of metrics, counts) -> (state, metrics)`; donates the state."""
+    """`(state, grads, totals of metrics, counts) -> (state, metrics)`; donates the state."""
     coupled: Coupled | None
     """In place of `accumulate`, for a loss whose groups depend on each other; None for others."""
 
 
-def make_programs(
-    decoder: Decoder, loss: LossSpec, optimizer: optax.GradientTransformation, shardings: TrainState
-) -> StepPrograms:
-    """Builds the train-step programs of a model, a loss and an optimizer.
+def make_programs(task: Task, optimizer: optax.GradientTransformation, shardings: TrainState) -> StepPrograms:
+    """Builds the train-step programs of a task and an optimizer.
 
     Args:
-      decoder: the model.
-      loss: a row of `LOSSES`, or one made of several.
+      task: the model, what it is trained for and what is reported, such as `preference_task(decoder, loss)`.
       optimizer: any Optax transformation.
       shardings: where each array of the state lives, `jax.tree.map(lambda x: x.sharding, state)`; it stays there.
     Returns:
       The programs, jitted; call them under `jax.set_mesh`.
     """
 
-    def value(sums: Sums, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
+    def value(outputs: Outputs, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
         data = group_data(*microbatch, scalars)
-        shared, running = shared_state(loss, sums, data, counts, running, scalars)
-        losses = group_losses(loss, sums, data, scalars, shared)  # [rows, groups]
-        metrics = {"loss": losses, **group_metrics(jax.lax.stop_gradient(sums), data, scalars)}
-        metrics = {name: of_groups.sum() for name, of_groups in metrics.items()}
+        shared, running = shared_state(task.loss, outputs, data, counts, running, scalars)
+        losses = group_losses(task.loss, outputs, data, scalars, shared)  # [rows, groups]
+        metrics = {"loss": losses, **task.metrics(jax.lax.stop_gradient(outputs), data, counts, scalars)}
+        metrics = totals(metrics, data.where)
         return metrics["loss"] / counts.groups, (metrics, losses, running)
 
     def objective(params: dict, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
-        sums = policy_sums(decoder, params, microbatch.batch, loss, scalars)
-        return value(sums, microbatch, counts, running, scalars)
+        outputs = task.measure(params, microbatch.batch, scalars)
+        return value(outputs, microbatch, counts, running, scalars)
 
     def update(state: TrainState, grads: dict, metrics: Metrics, counts: Counts) -> tuple[TrainState, Metrics]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        means = mean_metrics(metrics, counts.groups) | {"grad_norm": optax.tree.norm(grads)}
+        means = mean_totals(metrics, counts.groups) | {"grad_norm": optax.tree.norm(grads)}
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), means
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
@@ -125,38 +121,38 @@ def make_programs(
         return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
 
     coupled = None
-    if loss.coupling in ("statistic", "sort"):
-        coupled = _couple(value, functools.partial(policy_sums, decoder, loss=loss), shardings)
+    if task.loss.coupling in ("statistic", "sort"):
+        coupled = _couple(value, task.measure, shardings)
     return StepPrograms(step, init, accumulate, apply, coupled)
 
 
-def _couple(value: Callable[..., tuple], policy: Callable[..., Sums], shardings: TrainState) -> Coupled:
-    """Programs that differentiate `value` by the log-probs of all microbatches, and those by the parameters."""
+def _couple(value: Callable[..., tuple], measure: Callable[..., Outputs], shardings: TrainState) -> Coupled:
+    """Programs that differentiate `value` by the values of all microbatches, and those by the parameters."""
 
     @jax.jit
     def couple(
-        sums: list[Sums], microbatches: list[Microbatch], counts: Counts, running: Any, scalars: Scalars
+        outputs: list[Outputs], microbatches: list[Microbatch], counts: Counts, running: Any, scalars: Scalars
     ) -> tuple:
         whole: Microbatch = _joined(microbatches)
 
-        def of_logps(logps: list[jax.Array]) -> tuple:
-            statistics = _joined([part.statistics for part in sums])
-            return value(Sums(jnp.concatenate(logps), statistics), whole, counts, running, scalars)
+        def of_values(values: list[jax.Array]) -> tuple:
+            statistics = _joined([part.statistics for part in outputs])
+            return value(Outputs(jnp.concatenate(values), statistics), whole, counts, running, scalars)
 
-        gradient = jax.grad(of_logps, has_aux=True)
-        cotangents, (metrics, losses, after) = gradient([part.logps for part in sums])
+        gradient = jax.grad(of_values, has_aux=True)
+        cotangents, (metrics, losses, after) = gradient([part.values for part in outputs])
         return cotangents, after, metrics, jnp.split(losses, len(microbatches))
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=shardings.params)
     def pull(params: dict, grads: dict, batch: Batch, cotangent: jax.Array, scalars: Scalars) -> dict:
         def inner(params: dict) -> jax.Array:
-            return (cotangent * policy(params, batch, scalars=scalars).logps).sum()
+            return (cotangent * measure(params, batch, scalars).values).sum()
 
         return jax.tree.map(jnp.add, grads, jax.grad(inner)(params))
 
     @jax.jit
-    def forward(params: dict, batch: Batch, scalars: Scalars) -> Sums:
-        return policy(params, batch, scalars=scalars)
+    def forward(params: dict, batch: Batch, scalars: Scalars) -> Outputs:
+        return measure(params, batch, scalars)
 
     return Coupled(forward, couple, pull)
 
@@ -186,11 +182,11 @@ def run_step(
             grads, part, losses = programs.accumulate(state.params, grads, microbatch, counts, scalars)
             parts.append(part)
             per_group.append(losses)
-        sums = {name: np.sum([part[name] for part in jax.device_get(parts)], axis=0) for name in parts[0]}
+        sums = joined_totals(jax.device_get(parts))
     else:
         forward, couple, pull = programs.coupled
-        policy = [forward(state.params, microbatch.batch, scalars) for microbatch in microbatches]
-        cotangents, running, sums, per_group = couple(policy, list(microbatches), counts, state.running, scalars)
+        outputs = [forward(state.params, microbatch.batch, scalars) for microbatch in microbatches]
+        cotangents, running, sums, per_group = couple(outputs, list(microbatches), counts, state.running, scalars)
         for microbatch, cotangent in zip(microbatches, cotangents, strict=True):
             grads = pull(state.params, grads, microbatch.batch, cotangent, scalars)
         state = state._replace(running=running)

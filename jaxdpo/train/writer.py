@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from jaxdpo.disk import writing
 from jaxdpo.types import InputError
 
 
@@ -11,17 +12,30 @@ class MetricsWriter:
     """Appends rows to a JSON-lines file; a row that was written outlives a kill of this process."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Opens the file and cuts rows whose `step` is above `resume_step`, and a torn last line."""
+        """Opens the file and cuts rows whose `step` is above `resume_step`, and a torn last line.
+
+        Raises:
+          RunStopped: if the disk is full or read-only; the file is as it was.
+        """
         kept = [row for row in _whole_rows(path) if row["step"] <= resume_step] if resume_step > 0 else []
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 -- held open for the whole run
+        self._path = path
+        with writing(path):
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, path)
+            # Unbuffered: a row is with the system once it is written, and a full disk is heard of once, not at close.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- held open for the whole run
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends one row and flushes it, so that it outlives this process."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Appends one row, so that it outlives this process.
+
+        Raises:
+          RunStopped: if the disk is full. It holds a torn line then, which a resume cuts.
+        """
+        line = (json.dumps(row) + "\n").encode()
+        with writing(self._path):
+            while line:  # a disk takes what still fits, and says at the next call that it is full
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Closes the file."""

@@ -54,9 +54,9 @@ def test_label_smoothing_out_of_range(fn, label_smoothing):
         fn(PAIR, PAIR, label_smoothing=label_smoothing)
 
 
-def test_centering_out_of_range():
-    with pytest.raises(InputError, match=r"centering=-1 is out of range; allowed: 0 or more"):
-        bradley_terry_loss(PAIR, centering=-1)
+def test_center_rewards_coefficient_out_of_range():
+    with pytest.raises(InputError, match=r"center_rewards_coefficient=-1 is out of range; allowed: 0 or more"):
+        bradley_terry_loss(PAIR, center_rewards_coefficient=-1)
 
 
 def test_pair_loss_on_a_ranking_points_to_plackett_luce():

@@ -20,7 +20,7 @@ def test_margin_is_subtracted_from_the_difference():
 
 def test_centering_adds_the_squared_sum():
     rewards = jnp.array([[2.0, 0.5], [-3.0, 3.0]])
-    actual = bradley_terry_loss(rewards, centering=0.01) - bradley_terry_loss(rewards)
+    actual = bradley_terry_loss(rewards, center_rewards_coefficient=0.01) - bradley_terry_loss(rewards)
     np.testing.assert_allclose(actual, [0.01 * 2.5**2, 0], rtol=1e-5)
 
 
@@ -52,7 +52,7 @@ def test_probabilities_of_both_orders_sum_to_one():
 @pytest.mark.parametrize("centering", [0.0, 0.01])
 def test_extreme_rewards_have_finite_exact_loss_and_gradient(label_smoothing, centering):
     def loss(rewards):
-        return bradley_terry_loss(rewards, label_smoothing=label_smoothing, centering=centering)
+        return bradley_terry_loss(rewards, label_smoothing=label_smoothing, center_rewards_coefficient=centering)
 
     rewards = jnp.array([[1e4, -1e4], [-1e4, 1e4], [1e4, 1e4]])
     squares = centering * np.array([0, 0, 2e4]) ** 2
@@ -73,7 +73,7 @@ def test_incomplete_pairs_are_silent_whatever_they_hold(garbage):
     def loss(rewards, margin, options):
         return bradley_terry_loss(rewards, margin=margin, where=exists, **options)
 
-    options = {"centering": 0.01, "label_smoothing": 0.1}
+    options = {"center_rewards_coefficient": 0.01, "label_smoothing": 0.1}
     np.testing.assert_array_equal(loss(rewards, margin, options)[1:], 0)
     complete = bradley_terry_loss(rewards[0], margin=margin[0], **options)
     np.testing.assert_array_equal(loss(rewards, margin, options)[0], complete)

@@ -1,5 +1,6 @@
 """What was saved comes back bit by bit, or an error says which array the disk changed."""
 
+import math
 import shutil
 
 import jax
@@ -109,6 +110,61 @@ def test_only_the_latest_are_kept(opened):
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "9"] and KEPT == 2
     assert find_checkpoint(checkpoints.directory) == checkpoints.directory / "10"
     assert_same(opened().restore(make_state()), make_state(10))
+
+
+VALUES = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: math.nan, 6: None, 7: 0.2, 8: 0.95, 9: None, 10: None}
+"""Step -> its accuracy on held-out data, where it was evaluated."""
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_the_best_is_kept_besides_the_latest(tmp_path, reopened):
+    """Of equal ones the first; by what stands on disk, so a resume changes nothing."""
+
+    def reopen():
+        return Checkpoints(tmp_path / "checkpoints", META, keep_best="eval_accuracy")
+
+    kept = {}
+    checkpoints = reopen()
+    assert checkpoints.best_step is None
+    for step, value in VALUES.items():
+        checkpoints.save(make_state(step), None if value is None else {"eval_loss": 1.0, "eval_accuracy": value})
+        checkpoints.wait()
+        if reopened:
+            checkpoints.close()
+            checkpoints = reopen()
+        names = sorted(int(path.name) for path in checkpoints.directory.iterdir())
+        kept[step] = (checkpoints.best_step, names)
+    checkpoints.close()
+    assert kept[3] == (2, [2, 3]) and kept[4] == (2, [2, 3, 4])
+    assert kept[6] == (2, [2, 5, 6]) and kept[7] == (2, [2, 6, 7])
+    assert kept[8] == (8, [7, 8]) and kept[10] == (8, [8, 9, 10])
+    best = load_params(checkpoints.directory / "8", make_state().params)
+    assert_same(best, make_state(8).params)
+
+
+def test_without_a_metric_to_keep_by_there_is_no_best(opened):
+    checkpoints = opened()
+    for step in (1, 2, 3):
+        checkpoints.save(make_state(step), {"eval_accuracy": 1 / step})
+    checkpoints.wait()
+    assert checkpoints.best_step is None
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["2", "3"]
+
+
+def test_a_metric_that_no_evaluation_has_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", META, keep_best="eval_acc")
+    with pytest.raises(InputError, match="by 'eval_acc': an evaluation has eval_loss, eval_accuracy; fix: name one"):
+        checkpoints.save(make_state(1), {"eval_loss": 1.0, "eval_accuracy": 1.0})
+    checkpoints.close()
+
+
+def test_metrics_that_the_disk_changed_name_the_directory(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", META, keep_best="eval_accuracy")
+    checkpoints.save(make_state(1), {"eval_accuracy": 1.0})
+    checkpoints.close()
+    flip(checkpoints.directory / "1" / "metrics" / "metrics", 0)
+    with pytest.raises(InputError, match=r"checkpoints: the metrics of a checkpoint cannot be read .*; fix: remove"):
+        Checkpoints(tmp_path / "checkpoints", META, keep_best="eval_accuracy")
 
 
 def test_without_the_latest_the_one_before_it_counts(opened):

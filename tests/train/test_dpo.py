@@ -119,8 +119,8 @@ def test_the_plan_is_printed_first(full, inputs):
     plan = full.printed[: full.printed.index("\n\n")]
     assert {"data", "tokens", "model", "layout", "run", "memory", "time"} <= set(words(plan.splitlines()))
     for fact in (
-        f"{inputs.data}: 24 preferences (pairs), dropped 0",
-        f"{inputs.held_out}: 8 preferences (pairs), dropped 0",
+        f"{inputs.data}: 24 preferences (pairs)",
+        f"{inputs.held_out}: 8 preferences (pairs)",
         str(inputs.model),
         "float32, on 8 device(s)",
         "10 steps of 5 pairs",
@@ -326,15 +326,15 @@ def test_every_program_of_a_run_is_compiled_once(inputs, tmp_path, caplog):
 
 
 def test_a_reference_that_differs_from_the_policy_stops_the_run(inputs, tmp_path, monkeypatch):
-    from jaxdpo.train import dpo
+    from jaxdpo.train import run
 
-    honest = dpo.dataset_logps
+    honest = run.dataset_logps
 
     def shifted(*args, **kwargs):
         logps = honest(*args, **kwargs)
         return logps._replace(tokens={i: x - 0.1 * (i % 3) for i, x in logps.tokens.items()})
 
-    monkeypatch.setattr(dpo, "dataset_logps", shifted)
+    monkeypatch.setattr(run, "dataset_logps", shifted)
     with pytest.raises(
         RunStopped, match=r"the loss of the first step is \S+; a policy equal to its reference has 0.693"
     ):

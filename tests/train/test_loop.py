@@ -68,7 +68,7 @@ class Result:
 
         def evaluate(state):
             self.evaluated.append(len(read_metrics(tmp_path / "metrics.jsonl")) + 1)
-            return Evaluation({"eval_loss": 0.5}, np.zeros(1))
+            return Evaluation({"eval_loss": 0.5}, 1, np.zeros(1))
 
         try:
             self.state, self.evaluation = train(

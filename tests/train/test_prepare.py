@@ -10,6 +10,7 @@ import pytest
 from jaxdpo import cli
 from jaxdpo.config import DPOConfig
 from jaxdpo.hf import load_tokenizer, save_hf
+from jaxdpo.train.dpo import DPO
 from jaxdpo.train.prepare import prepare
 from jaxdpo.types import InputError
 from tests import tiny
@@ -26,21 +27,21 @@ def test_a_token_beyond_the_vocabulary_is_refused_with_its_line(inputs, tmp_path
     decoder = tiny.decoder(small)
     model = save_hf(tmp_path / "model", decoder, tiny.params(decoder), tokenizer=load_tokenizer(inputs.model))
     with pytest.raises(InputError, match=r"pairs\.jsonl, line 1: the tokenizer gives id \d+; allowed: below .* 120;"):
-        prepare(config(inputs, tmp_path / "run", model=str(model)), jax.devices()[:1])
+        prepare(config(inputs, tmp_path / "run", model=str(model)), DPO, jax.devices()[:1])
 
 
 def test_the_architecture_is_looked_at_before_the_data_is_tokenized(inputs, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "mamba"}')
-    monkeypatch.setattr("jaxdpo.train.prepare.tokenize_dataset", lambda *_, **__: pytest.fail("it was tokenized"))
+    monkeypatch.setattr("jaxdpo.train.prepare.load_dataset", lambda *_, **__: pytest.fail("it was tokenized"))
     with pytest.raises(InputError, match=r"model_type 'mamba' .* is not supported; allowed: llama, mistral, gpt2"):
-        prepare(config(inputs, tmp_path / "run", model=str(tmp_path / "model")), jax.devices()[:1])
+        prepare(config(inputs, tmp_path / "run", model=str(tmp_path / "model")), DPO, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (3, 1), (6, 2), (8, 8)])
 def test_as_many_devices_as_divide_the_width_split_the_parameters(inputs, tmp_path, devices, fsdp):
     assert tiny.WITH_TOKENIZER.embed_dim % 8 == 0
-    ready = prepare(config(inputs, tmp_path / "run"), jax.devices()[:devices])
+    ready = prepare(config(inputs, tmp_path / "run"), DPO, jax.devices()[:devices])
     assert dict(ready.mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp, "tensor": 1}
     assert ready.layout.rows % devices == 0
     assert not (tmp_path / "run").exists()
@@ -49,13 +50,13 @@ def test_as_many_devices_as_divide_the_width_split_the_parameters(inputs, tmp_pa
 def test_a_pipe_is_refused_because_looking_at_it_drains_it(inputs, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"pipe cannot be read, it is no regular file; allowed: a \.jsonl"):
-        prepare(config(inputs, tmp_path / "run", data=str(tmp_path / "pipe")), jax.devices()[:1])
+        prepare(config(inputs, tmp_path / "run", data=str(tmp_path / "pipe")), DPO, jax.devices()[:1])
 
 
 def test_gzipped_data_is_the_same_data(inputs, tmp_path):
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(inputs.data.read_bytes()))
-    plain = prepare(config(inputs, tmp_path / "run"), jax.devices()[:1])
-    zipped = prepare(config(inputs, tmp_path / "run", data=str(tmp_path / "pairs.jsonl.gz")), jax.devices()[:1])
+    plain = prepare(config(inputs, tmp_path / "run"), DPO, jax.devices()[:1])
+    zipped = prepare(config(inputs, tmp_path / "run", data=str(tmp_path / "pairs.jsonl.gz")), DPO, jax.devices()[:1])
     assert zipped.layout == plain.layout
     for one, other in zip(plain.data[0].dataset.groups, zipped.data[0].dataset.groups, strict=True):
         assert one.prompt.tolist() == other.prompt.tolist()
@@ -70,7 +71,7 @@ def test_a_model_directory_that_is_not_the_runs_own_is_left_alone(inputs, tmp_pa
 
 
 def test_a_directory_that_cannot_be_made_is_refused_at_once(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jaxdpo.train.dpo.prepare", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("jaxdpo.train.run.prepare", lambda *_: pytest.fail("it went on"))
     (tmp_path / "file").touch()
     assert cli.main(inputs.command(tmp_path / "file" / "run", "--max-steps 1")) == 2
     assert f"cannot be made in {tmp_path / 'file'}; allowed: a writable directory" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_a_new_directory_is_anyones(run):
 def test_the_configuration_that_was_written_is_read_back(run):
     config = resolved(run, learning_rate=1e-6, eval_data="held out.jsonl", shuffle=False, model="päth: #1")
     write_config(run, config)
-    assert stored_config(run) == config
+    assert stored_config(run, DPOConfig) == config
     assert "learning_rate: 1e-06\n" in run.config.read_text()
     assert [path.name for path in run.root.iterdir()] == ["config.yaml"]
 
@@ -51,7 +51,7 @@ def test_the_configuration_that_was_written_is_read_back(run):
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
 def test_the_configuration_can_start_a_run_elsewhere(run, resume):
     write_config(run, resolved(run, resume=resume))
-    assert stored_config(run).resume == "auto"
+    assert stored_config(run, DPOConfig).resume == "auto"
 
 
 def test_a_run_goes_on_with_what_it_has_chosen(run):
@@ -63,6 +63,7 @@ OTHERS = {
     "model": "other",
     "data": "other.jsonl",
     "format": "hh",
+    "data_weights": "2",
     "eval_data": "other.jsonl",
     "max_length": 7,
     "shuffle": False,
@@ -121,7 +122,7 @@ def test_held_out_data_cannot_be_dropped_silently(run):
 
 def test_all_differences_are_named(run):
     begun(run)
-    with pytest.raises(InputError, match=r"--beta is 0.3 here and 0.1 there; --seed is 1 here and 0 there; fix"):
+    with pytest.raises(InputError, match=r"--seed is 1 here and 0 there; --beta is 0.3 here and 0.1 there; fix"):
         claim(asked(run, beta=0.3, seed=1))
 
 

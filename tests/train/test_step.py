@@ -19,7 +19,7 @@ from jaxdpo.losses import LOSSES, LossSpec, combine, dpo_loss, over_all_pairs
 from jaxdpo.reference import dataset_logps, make_logp_program, slot_logps
 from jaxdpo.sharding import batch_size_multiple, make_mesh, place_batch
 from jaxdpo.train.evaluation import group_data
-from jaxdpo.train.objective import Sums, group_losses, step_counts
+from jaxdpo.train.objective import Outputs, group_losses, preference_task, step_counts
 from jaxdpo.train.state import init_state, move_reference
 from jaxdpo.train.step import Microbatch, make_programs, run_step, shortest
 from tests import tiny
@@ -88,11 +88,10 @@ def expected(task: str) -> Expected:
     data, loss = TASKS[task]
     decoder = tiny.decoder(DIVISIBLE, "float64")
     reference = unpacked(decoder, tiny.params(decoder, seed=1, dtype="float64"), data)
-    where = np.array([[c < len(group.completions) for c in range(data.candidates)] for group in data.groups])
-    groups = group_data(data, where, reference if loss.needs_reference else None)
+    groups = group_data(data, reference if loss.needs_reference else None)
 
     def losses(params):
-        return group_losses(loss, Sums(unpacked(decoder, params, data), {}), groups, SCALARS)
+        return group_losses(loss, Outputs(unpacked(decoder, params, data), {}), groups, SCALARS)
 
     params = tiny.params(decoder, dtype="float64")
     return Expected(np.asarray(losses(params)), jax.jit(jax.grad(lambda p: losses(p).mean()))(params))
@@ -113,7 +112,7 @@ def setup(task: str, dtype: str, on: str):
     """Mesh, shardings and programs; the programs serve every layout."""
     decoder, mesh = tiny.decoder(DIVISIBLE, dtype), MESHES[on]()
     shardings = jax.tree.map(lambda x: x.sharding, fresh_state(dtype, mesh, task))
-    return mesh, make_programs(decoder, TASKS[task][1], SGD, shardings)
+    return mesh, make_programs(preference_task(decoder, TASKS[task][1]), SGD, shardings)
 
 
 def fresh_state(dtype: str, mesh, task="pairs"):
@@ -257,7 +256,9 @@ def test_each_program_is_compiled_once(on):
     decoder, mesh = tiny.decoder(DIVISIBLE), MESHES[on]()
     layout = tiny.layout(PAIRS, row_multiple=batch_size_multiple(mesh), row_length=64, tokens=1)
     state = fresh_state("float32", mesh)
-    programs = make_programs(decoder, LOSSES["sigmoid"], SGD, jax.tree.map(lambda x: x.sharding, state))
+    programs = make_programs(
+        preference_task(decoder, LOSSES["sigmoid"]), SGD, jax.tree.map(lambda x: x.sharding, state)
+    )
     counts = set()
     with jax.set_mesh(mesh):
         for beta, groups in ((0.1, 1), (0.2, 12), (0.3, 7), (0.4, 2), (0.5, 12)):

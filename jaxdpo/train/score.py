@@ -1,0 +1,104 @@
+"""`jaxdpo score`: the rewards of completions under a reward model, as JSON lines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from jaxdpo.config import ScoreConfig
+from jaxdpo.data.chat import Renderer
+from jaxdpo.data.layout import choose_capacity
+from jaxdpo.data.load import Loaded, Reading, load_dataset
+from jaxdpo.data.pipeline import all_batches
+from jaxdpo.data.sources import open_sources
+from jaxdpo.disk import writing
+from jaxdpo.hf import load_config, load_reward_model, load_tokenizer
+from jaxdpo.hub import resolve_model
+from jaxdpo.rewards import dataset_rewards, make_reward_program
+from jaxdpo.sharding import batch_size_multiple
+from jaxdpo.train.prepare import check_fits, default_dtype, default_microbatch_tokens, mesh_of
+from jaxdpo.types import InputError, Preference
+
+
+def score(config: ScoreConfig) -> None:
+    """Writes one line for each record: prompt, completions best first, their rewards, and where the record stands.
+
+    The lines can be read as rankings by these rewards: `jaxdpo dpo --format ranked`, which takes them as `scores`.
+
+    Raises:
+      InputError: for a model that is none of rewards, data that cannot be read, or an output that exists.
+      RunStopped: if the disk is full or read-only.
+    """
+    output = Path(config.output)
+    if output.exists():
+        raise InputError(f"--output {output} exists; allowed: a new file; fix: name another, or remove it")
+    open_sources(config.data)  # before a model is downloaded
+    source = resolve_model(config.model)
+    tokenizer = load_tokenizer(source)
+    devices = jax.devices()
+    mesh = mesh_of(devices, load_config(source, head="score"))
+    with jax.set_mesh(mesh):
+        decoder, params = load_reward_model(source, compute_dtype=config.dtype or default_dtype(devices), mesh=mesh)
+        with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=None) as bar:
+            loaded = load_dataset(config.data, tokenizer, config.max_length, format=config.format, progress=bar.update)
+        dataset = loaded.dataset
+        print(f"data       {loaded.summary()}")
+        print(f"tokens     {dataset.summary()}")
+        check_fits(dataset, decoder.config)
+        tokens = config.microbatch_tokens or default_microbatch_tokens(devices)
+        layout = choose_capacity(
+            [dataset],
+            [np.arange(len(dataset))[:: max(1, len(dataset) // 4096)]],
+            max_microbatch_tokens=tokens * batch_size_multiple(mesh),
+            row_multiple=batch_size_multiple(mesh),
+        )
+        found = dataset_rewards(
+            make_reward_program(decoder),
+            params,
+            all_batches(dataset, layout),
+            mesh,
+            label="score",
+            total=len(dataset),
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    with writing(output), open(partial, "w", encoding="utf-8") as file:
+        for line in _lines(config, loaded, tokenizer, found.rewards):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.replace(output)
+    best, mean = found.rewards[:, 0], found.rewards[found.mask].mean()
+    print(f"rewards    {int(found.mask.sum()):,} completions, mean {mean:+.4f}")
+    if dataset.candidates > 1 and not dataset.labelled:
+        ahead = np.sign(best[:, None] - found.rewards[:, 1:])[found.mask[:, 1:]]
+        print(
+            f"accuracy   {float((1 + ahead).mean() / 2):.4f} of the others, each compared with the best of its record"
+        )
+    print(f"output     {output}")
+
+
+def _lines(config: ScoreConfig, loaded: Loaded, tokenizer: Any, rewards: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What is written of each record that was scored; the records are read once more for their texts."""
+    groups = iter(enumerate(loaded.dataset.groups))
+    render = Renderer(tokenizer)
+    expected = next(groups, None)
+    for source in open_sources(config.data):
+        for preference in Reading(source, config.format, render).preferences(lambda origin, reason: None):
+            if expected is None or preference.origin != expected[1].origin:
+                continue  # dropped when it was tokenised
+            yield _line(preference, rewards[expected[0]])
+            expected = next(groups, None)
+    if expected is not None:
+        raise InputError(f"{expected[1].origin} is not there any more: the data changed while it was scored; try again")
+
+
+def _line(preference: Preference, rewards: np.ndarray) -> dict[str, Any]:
+    return {
+        "prompt": preference.prompt,
+        "completions": list(preference.completions),
+        "scores": [float(reward) for reward in rewards[: len(preference.completions)]],
+        **preference.origin._asdict(),
+    }

@@ -1,0 +1,142 @@
+"""Reward models: they learn a rule, the most accurate checkpoint is exported with mean 0, and others score with it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxdpo import cli
+from jaxdpo.hf import load_config, load_tokenizer, save_hf
+from tests import tiny
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(inputs, root, data, flags=""):
+    needed = ["--model", str(inputs.model), "--data", str(data), "--output-dir", str(root), "--max-length", "64"]
+    return ["reward", *needed, *flags.split()]
+
+
+RULE = "--batch-size 8 --epochs 3 --learning-rate 1e-2 --warmup-steps 2"
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """On pairs whose better completion says yes, of whatever length."""
+    folder = tmp_path_factory.mktemp("reward")
+    data = tiny.write_pairs(folder / "pairs.jsonl", range(64))
+    held_out = tiny.write_pairs(folder / "held_out.jsonl", range(100, 140))
+    assert cli.main(command(inputs, folder / "run", data, f"{RULE} --save-every 4 --eval-data {held_out}")) == 0
+    return folder
+
+
+def test_a_rule_is_learnt(trained):
+    _, *steps = rows(trained / "run" / "metrics.jsonl")
+    assert steps[-1]["eval_accuracy"] >= 0.95 and steps[-1]["eval_loss"] < 0.1
+    assert {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"} <= set(steps[0])
+    for row in steps:
+        assert row["min_reward"] <= row["mean_reward"] <= row["max_reward"]
+    evaluated = {row["step"]: row["eval_accuracy"] for row in steps if "eval_accuracy" in row}
+    best = max(evaluated, key=lambda step: (evaluated[step], -step))
+    kept = sorted(int(path.name) for path in (trained / "run" / "checkpoints").iterdir())
+    assert kept == sorted({best, 20, 24})
+
+
+def test_the_exported_rewards_have_mean_0_and_order_the_held_out_pairs(trained, tmp_path):
+    model = str(trained / "run" / "export")
+    for name in ("pairs", "held_out"):
+        flags = ["--data", str(trained / f"{name}.jsonl"), "--output", str(tmp_path / name), "--max-length", "64"]
+        assert cli.main(["score", "--model", model, *flags]) == 0
+    scores = np.array([row["scores"] for row in rows(tmp_path / "pairs")])
+    assert abs(scores.mean()) < 1e-4 * scores.std()
+    held_out = rows(tmp_path / "held_out")
+    assert np.mean([better > worse for better, worse in (row["scores"] for row in held_out)]) >= 0.95
+    assert [row["number"] for row in held_out] == list(range(1, 41))
+    records = rows(trained / "held_out.jsonl")
+    assert [(row["prompt"], *row["completions"]) for row in held_out] == [
+        (record["prompt"], record["chosen"], record["rejected"]) for record in records
+    ]
+    assert load_config(model, head="score").head == "score"
+
+
+def test_scores_are_a_ranking_that_can_be_trained_on(trained, inputs, tmp_path):
+    scores = tmp_path / "scores.jsonl"
+    data = tiny.write_ranked(tmp_path / "ranked.jsonl", range(9))
+    flags = ["--data", str(data), "--output", str(scores), "--max-length", "64"]
+    assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 0
+    assert [len(row["scores"]) for row in rows(scores)] == [2 + n % 3 for n in range(9)]
+    assert (
+        cli.main([*inputs._replace(data=scores).command(tmp_path / "run", "--max-steps 1 --loss plackett_luce")]) == 0
+    )
+
+
+def test_records_that_are_dropped_are_not_scored(trained, tmp_path, capsys):
+    records = rows(trained / "held_out.jsonl")[:3]
+    records[1]["rejected"] = records[1]["chosen"]
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    flags = ["--data", str(data), "--output", str(tmp_path / "scores.jsonl")]
+    assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 0
+    assert [row["number"] for row in rows(tmp_path / "scores.jsonl")] == [1, 3]
+    assert "row 1 (line 2): two completions are equal" in capsys.readouterr().out
+    assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 2
+    assert "exists; allowed: a new file" in capsys.readouterr().err
+
+
+def test_rankings_with_ties_are_plackett_luce(inputs, tmp_path):
+    """Its first loss is nearly that of equal rewards, as the new head is small: the log of the number of orders."""
+    data = tiny.write_records(
+        tmp_path / "ranked.jsonl",
+        ({"prompt": f"{n}?", "completions": [" a", " b", " c"], "ranks": [0, 1, 1]} for n in range(8)),
+    )
+    small = dataclasses.replace(tiny.WITH_TOKENIZER, init_std=1e-3)
+    decoder = tiny.decoder(small)
+    model = save_hf(tmp_path / "model", decoder, tiny.params(decoder), tokenizer=load_tokenizer(inputs.model))
+    assert cli.main(command(inputs._replace(model=model), tmp_path / "run", data, "--max-steps 1")) == 0
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(np.log(3), abs=5e-3)  # of six orders two are observed
+
+
+def test_a_stated_margin_is_asked_for(inputs, tmp_path):
+    """With equal rewards, -log sigmoid(-margin)."""
+    pairs = ({"prompt": f"{n}?", "chosen": " a", "rejected": " b", "margin": 2.0} for n in range(8))
+    data = tiny.write_records(tmp_path / "pairs.jsonl", pairs)
+    small = dataclasses.replace(tiny.WITH_TOKENIZER, init_std=1e-3)
+    decoder = tiny.decoder(small)
+    model = save_hf(tmp_path / "model", decoder, tiny.params(decoder), tokenizer=load_tokenizer(inputs.model))
+    assert cli.main(command(inputs._replace(model=model), tmp_path / "run", data, "--max-steps 1")) == 0
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(np.log1p(np.exp(2.0)), abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    "data, flags, message",
+    [
+        ("unpaired", "", "learns from completions that are compared, and DATA holds single ones"),
+        ("ranked", "--center-rewards-coefficient 0.01", "--center-rewards-coefficient has no effect on rankings"),
+    ],
+)
+def test_data_that_it_cannot_use(inputs, tmp_path, capsys, data, flags, message):
+    path = getattr(tiny, f"write_{data}")(tmp_path / "data.jsonl", range(6))
+    assert cli.main(command(inputs, tmp_path / "run", path, flags)) == 2
+    assert message.replace("DATA", str(path)) in capsys.readouterr().err
+
+
+def test_a_language_model_has_no_scores(inputs, tmp_path, capsys):
+    flags = ["--data", str(inputs.data), "--output", str(tmp_path / "scores.jsonl")]
+    assert cli.main(["score", "--model", str(inputs.model), *flags]) == 2
+    assert "is a language model without a score head" in capsys.readouterr().err
+
+
+def test_a_reward_model_is_no_policy(trained, inputs, tmp_path, capsys):
+    model = trained / "run" / "export"
+    assert cli.main(inputs._replace(model=model).command(tmp_path / "run", "")) == 2
+    assert "is a reward model without an LM head" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_reward_model_is_exported_as_one(trained, tmp_path):
+    checkpoint = str(trained / "run" / "checkpoints" / "24")
+    assert cli.main(["export", "--checkpoint", checkpoint, "--output-dir", str(tmp_path / "export")]) == 0
+    assert load_config(tmp_path / "export", head="score").head == "score"
