@@ -13,6 +13,7 @@ Takes about four minutes on two cores for eight steps of four pairs with SmolLM2
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -26,13 +27,13 @@ from jaxdpo import (
     choose_capacity,
     cli,
     dataset_logps,
+    load_dataset,
     load_hf,
-    load_preferences,
     load_tokenizer,
     make_logp_program,
     make_mesh,
+    read_preferences,
     resolve_model,
-    tokenize_dataset,
 )
 from jaxdpo.train.writer import read_metrics
 
@@ -51,8 +52,11 @@ def main() -> int:
     pairs = hyper["batch_pairs"] * hyper["steps"]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "pairs.jsonl"
-        preferences = load_preferences(args.data).preferences[:pairs]
-        lines = ({"prompt": p.prompt, "chosen": p.completions[0], "rejected": p.completions[1]} for p in preferences)
+        usable = read_preferences(str(args.data), drop=lambda origin, reason: None)  # TRL's numbers leave them out too
+        lines = (
+            {"prompt": p.prompt, "chosen": p.completions[0], "rejected": p.completions[1]}
+            for p in itertools.islice(usable, pairs)
+        )
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         logp_error = compare_logps(args.model, data, hyper["max_length"], golden["initial_logps"])
         numbers = (
@@ -77,10 +81,10 @@ def main() -> int:
 def compare_logps(model: str, data: Path, max_length: int, golden: dict[str, list[float]]) -> float:
     """Largest difference of the initial log-prob sums from TRL's, nats."""
     directory = resolve_model(model)
-    dataset = tokenize_dataset(load_preferences(data).preferences, load_tokenizer(directory), max_length)
+    dataset = load_dataset(str(data), load_tokenizer(directory), max_length).dataset
     mesh = make_mesh(jax.devices()[:1])
     decoder, params = load_hf(directory, mesh=mesh)
-    order = StepPlan(len(dataset), len(golden["chosen"]), shuffle=False)
+    order = StepPlan(dataset.sizes, len(golden["chosen"]), shuffle=False)
     layout = choose_capacity([dataset], order.sampled_steps(), max_microbatch_tokens=2048)
     with jax.set_mesh(mesh):
         batches = list(all_batches(dataset, layout))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxdpo import config
+from jaxdpo.config.ranges import RANGES
 from jaxdpo.options import flag
 
 LISTED = re.compile(r"^\.\. auto\w+:: jaxdpo\.(?:\w+\.)*(\w+)\s*$", re.MULTILINE)
@@ -65,7 +66,7 @@ def option_table(name: str) -> str:
     hints = typing.get_type_hints(cls)
     groups: dict[str, list[tuple[str, ...]]] = {}
     for field in dataclasses.fields(cls):
-        allowed = config._RANGES.get(field.name, ("", None))[0]
+        allowed = RANGES.get(field.name, ("", None))[0]
         row = (
             f"`{_flags(field.name, hints[field.name])}`",
             _type_name(hints[field.name]),

@@ -23,8 +23,8 @@ from jaxdpo import (
     choose_capacity,
     dataset_logps,
     init_state,
+    load_dataset,
     load_hf,
-    load_preferences,
     load_tokenizer,
     make_logp_program,
     make_mesh,
@@ -39,7 +39,6 @@ from jaxdpo import (
     save_hf,
     slot_logps,
     step_counts,
-    tokenize_dataset,
     warmup_schedule,
 )
 from jaxdpo.train.quickstart import RECIPE, write_data
@@ -53,10 +52,11 @@ def main() -> None:
     directory = resolve_model(MODEL)
     tokenizer = load_tokenizer(directory)
     with tempfile.TemporaryDirectory() as folder:
-        loaded = [load_preferences(path) for path in write_data(Path(folder))]
-    train, held_out = (tokenize_dataset(pairs.preferences, tokenizer, RECIPE["max_length"]) for pairs in loaded)
+        train, held_out = (
+            load_dataset(str(path), tokenizer, RECIPE["max_length"]).dataset for path in write_data(Path(folder))
+        )
     mesh = make_mesh()
-    order = StepPlan(len(train), batch_size=RECIPE["batch_size"], seed=0)
+    order = StepPlan(train.sizes, batch_size=RECIPE["batch_size"], seed=0)
     layout = choose_capacity(
         [train, held_out],
         order.sampled_steps(),

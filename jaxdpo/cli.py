@@ -16,6 +16,7 @@ import tyro
 
 from jaxdpo.config import (
     AuditConfig,
+    ConvertConfig,
     DPOConfig,
     ExportConfig,
     QuickstartConfig,
@@ -77,6 +78,17 @@ def _audit(config: AuditConfig) -> int:
     return run_audit(config)
 
 
+def _convert(config: ConvertConfig) -> None:
+    from jaxdpo.data.sources import open_sources
+    from jaxdpo.data.tfds import build_tfds
+
+    splits = {"train": open_sources(config.data)}
+    if config.eval_data is not None:
+        splits["test"] = open_sources(config.eval_data)
+    path = build_tfds(splits, config.output_dir, name=config.name, version=config.version)
+    print(f"written    {path}: read it with --data tfds:{path}")
+
+
 VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "quickstart": (QuickstartConfig, _quickstart),
     "audit": (AuditConfig, _audit),
@@ -84,6 +96,7 @@ VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "dpo": (DPOConfig, _dpo),
     "reward": (RewardConfig, _reward),
     "score": (ScoreConfig, _score),
+    "convert": (ConvertConfig, _convert),
     "export": (ExportConfig, _export),
 }
 """Verb -> its configuration and what it does, which may return an exit status. The first line of the configuration's

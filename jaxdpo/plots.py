@@ -1,5 +1,6 @@
 """Every picture of jaxdpo, in one style."""
 
+import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from jaxdpo.data.summaries import EDGES
 
 POLICY, OTHER, HELD_OUT = "#1f5fa8", "#c2542d", "#2b8a3e"
 """Colours: the quantity or its preferred side, the other side, held-out points."""
@@ -64,6 +67,51 @@ def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
                 axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
                 axes.set_ylim(bottom=0)
         figure.savefig(path, dpi=130)
+
+
+def save_lengths(data: Mapping[str, Mapping[str, Any]], path: Path, *, unit: str) -> None:
+    """Draws how long prompts and completions are: a row of histograms for each data set, on bins that grow with length.
+
+    Args:
+      data: its name -> `lengths` of the result of a `jaxdpo.data.audit.Audit`.
+      path: the PNG to write.
+      unit: what lengths are counted in.
+    """
+    panels = (
+        (f"prompt ({unit})", (("prompt", "#333333"),)),
+        (f"completion ({unit})", (("chosen", POLICY), ("rejected", OTHER))),
+        (f"chosen - rejected ({unit})", (("chosen - rejected", POLICY),)),
+    )
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(11, 3.2 * len(data)), layout="constrained")
+        for part, (name, lengths) in zip(
+            figure.subfigures(len(data), 1, squeeze=False).flat, data.items(), strict=True
+        ):
+            part.suptitle(name, parse_math=False)  # a file name may hold a $
+            for axes, (title, series) in zip(part.subplots(1, 3), panels, strict=True):
+                _draw_lengths(axes, {key: (lengths[key], color) for key, color in series if key in lengths})
+                axes.set_title(title)
+        figure.savefig(path, dpi=130, format="png")
+
+
+def _draw_lengths(axes: Any, series: Mapping[str, tuple[Mapping[str, Any], str]]) -> None:
+    """Histograms on one axis, on which every bin is as wide as the others, whatever it holds."""
+    if not series:
+        return
+    drawn = [edge for of, _ in series.values() for edge in of["histogram"]["edges"]]
+    edges = [edge for edge in EDGES.tolist() if min(drawn) <= edge <= max(drawn)]
+    for key, (of, color) in series.items():
+        counts, first = of["histogram"]["counts"], edges.index(of["histogram"]["edges"][0])
+        axes.stairs(counts, range(first, first + len(counts) + 1), color=color, fill=True, alpha=0.25)
+        median = of["quantiles"]["50"]
+        axes.stairs(counts, range(first, first + len(counts) + 1), color=color, label=f"{key}, median {median:,}")
+        axes.axvline(bisect.bisect_right(edges, median) - 0.5, color=color, linestyle=":")
+    # To the right of its edge a bin above 0 begins with a power of two, and to the left of it one below 0 does.
+    ticks = {edge if edge >= 0 else edge - 1: i for i, edge in enumerate(edges)}
+    powers = {label: i for label, i in ticks.items() if abs(label) & (abs(label) - 1) == 0 and abs(label) != 1}
+    axes.set_xticks(list(powers.values()), [f"{label:,}" for label in powers], rotation=90)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper left")
 
 
 class LossCurve(NamedTuple):

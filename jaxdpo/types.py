@@ -27,6 +27,15 @@ class RunStopped(RuntimeError):
     """A run that must not go on; the message says at which step, why, and what to do."""
 
 
+class RunInterrupted(RunStopped):
+    """A run that a signal ended after a step, which is saved: giving the same command again goes on from there."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        """Number of the signal: 2 for Ctrl-C, 15 for SIGTERM."""
+
+
 class Origin(NamedTuple):
     """Where a record came from.
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxdpo.config import (
     AuditConfig,
+    ConvertConfig,
     Divergence,
     DPOConfig,
     ExportConfig,
@@ -27,6 +28,7 @@ CONFIGS = {
     SFTConfig: NEEDED,
     RewardConfig: NEEDED,
     AuditConfig: {"data": "d.jsonl"},
+    ConvertConfig: {"data": "d.jsonl", "output_dir": "out"},
     ScoreConfig: {"model": "m", "data": "d.jsonl", "output": "scores.jsonl"},
     ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
     QuickstartConfig: {},
@@ -36,7 +38,11 @@ every_config = pytest.mark.parametrize("config", CONFIGS)
 LIMITS = {  # option -> (values on the edge that are allowed, values just past it that are not)
     "model": (["m"], [""]),
     "data": (["d"], [""]),
+    "eval_data": (["d"], [""]),
     "output_dir": (["o"], [""]),
+    "output": (["o"], [""]),
+    "json": (["o"], [""]),
+    "plot": (["o"], [""]),
     "batch_size": ([1], [0, -1]),
     "epochs": ([1], [0]),
     "max_steps": ([1], [0]),

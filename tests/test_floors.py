@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train -> 2 hub, hf, gguf, logprobs, reference, data, plots -> 1 models, families, sharding
--> 0 types, options, config, losses, theory
+4 cli -> 3 train, audit -> 2 hub, hf, gguf, logprobs, forward, reference, rewards, data, plots
+-> 1 models, families, sharding -> 0 types, options, config, disk, losses, theory
 """
 
 import ast
@@ -20,12 +20,14 @@ from jaxdpo import config
 from jaxdpo.data.formats import FORMATS
 from jaxdpo.losses import DIVERGENCES, LOSSES
 from jaxdpo.models import COMPUTE_DTYPES
+from jaxdpo.train.loggers import LOGGERS
 from jaxdpo.train.optimizer import OPTIMIZERS
 
 FLOORS = {
     "types": 0,
     "options": 0,
     "config": 0,
+    "disk": 0,
     "losses": 0,
     "theory": 0,
     "models": 1,
@@ -35,33 +37,55 @@ FLOORS = {
     "hf": 2,
     "gguf": 2,
     "logprobs": 2,
+    "forward": 2,
     "reference": 2,
+    "rewards": 2,
     "data": 2,
     "plots": 2,
+    "audit": 3,
     "train": 3,
     "cli": 4,
 }
 """Every module and package of jaxdpo. A module imports from its own floor and those below it."""
 
 LIBRARIES = {
-    "jax": {"losses", "theory", "models", "families", "sharding", "hf", "logprobs", "reference", "train"},
+    "jax": {
+        "losses",
+        "theory",
+        "models",
+        "families",
+        "sharding",
+        "hf",
+        "logprobs",
+        "forward",
+        "reference",
+        "rewards",
+        "train",
+    },
     "chex": {"losses", "theory"},
     "flax": {"models"},
     "safetensors": {"hf"},
     "gguf": {"gguf"},
     "transformers": {"hf", "gguf"},
     "tokenizers": {"gguf"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"data", "hub"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "backports": {"data"},
+    "tensorflow_datasets": {"data"},
     "grain": {"data"},
     "optax": {"train"},
     "orbax": {"train"},
     "ruamel": {"train"},
-    "tqdm": {"reference", "train"},
+    "tqdm": {"audit", "forward", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
-    "numpy": {"types", "models", "families", "sharding", "hf", "gguf", "reference", "data", "train"},
+    "numpy": {"types", "models", "families", "sharding", "hf", "gguf", "reference", "rewards", "data", "train"},
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""
+
+EXTRAS = {"tensorboardX": {"train"}, "wandb": {"train"}, "trackio": {"train"}}
+"""The same for packages that an extra installs."""
 
 MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS, MAX_BRANCHES = 260, 90, 9, 4
 
@@ -125,14 +149,19 @@ def test_each_library_is_imported_only_where_it_belongs():
     for file in FILES:
         for library in libraries(imports_of(file)):
             users.setdefault(library, set()).add(module_of(file))
-    assert users == LIBRARIES
+    assert users == LIBRARIES | EXTRAS
 
 
 def test_every_library_is_a_declared_dependency():
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in project["dependencies"]}
-    installed_as = {"orbax": "orbax_checkpoint"}  # import name -> name on PyPI, where they differ
+    installed_as = {
+        "orbax": "orbax_checkpoint",
+        "backports": "backports_zstd",
+    }  # import name -> name on PyPI, where they differ
     assert {installed_as.get(library, library) for library in LIBRARIES} <= declared
+    extras = "".join(line for extra in project["optional-dependencies"].values() for line in extra)
+    assert all(library in extras for library in EXTRAS)
 
 
 def test_the_package_itself_imports_nothing_early():
@@ -146,6 +175,7 @@ def test_the_package_itself_imports_nothing_early():
         (config.Divergence, DIVERGENCES),
         (config.Format, ["auto", *FORMATS]),
         (config.Optimizer, OPTIMIZERS),
+        (config.Logger, LOGGERS),
     ],
 )
 def test_names_on_the_command_line_are_those_of_the_tables(names, table):

@@ -8,10 +8,11 @@ from jaxdpo.config.dpo import DPOConfig
 from jaxdpo.config.names import Divergence, DType, Format, Logger, Loss, Optimizer, Resume
 from jaxdpo.config.run import RunConfig
 from jaxdpo.config.sft import RewardConfig, SFTConfig
-from jaxdpo.config.tools import AuditConfig, ExportConfig, QuickstartConfig, ScoreConfig
+from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, QuickstartConfig, ScoreConfig
 
 __all__ = [
     "AuditConfig",
+    "ConvertConfig",
     "DPOConfig",
     "DType",
     "Divergence",

@@ -10,7 +10,11 @@ _POSITIVE = ("a whole number of at least 1", lambda v: v >= 1)
 RANGES: Ranges = {
     "model": ("a directory, a hub id or pypi:NAME==VERSION", bool),
     "data": ("a file, directory, hf:NAME or tfds:NAME; several separated by commas", bool),
+    "eval_data": ("as --data", bool),
     "output_dir": ("a directory", bool),
+    "output": ("a file", bool),
+    "json": ("a file", bool),
+    "plot": ("a file", bool),
     "batch_size": _POSITIVE,
     "epochs": _POSITIVE,
     "max_steps": _POSITIVE,

@@ -77,3 +77,17 @@ class AuditConfig:
                 f"--max-length {self.max_length} without --model; allowed: both, or neither: words are never cut; "
                 "name the model whose tokens are meant"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Any data as a TensorFlow Datasets directory of array_record files, without TensorFlow: `jaxdpo convert`."""
+
+    data: str = option("records, as in jaxdpo dpo; they become the split train", "data")
+    output_dir: str = option("where the data set goes, below its name", "run")
+    eval_data: str | None = option("held-out records; they become the split test", "data", None)
+    name: str = option("of the data set", "data", "preferences")
+    version: str = option("of the data set", "data", "1.0.0")
+
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES, PATHS)

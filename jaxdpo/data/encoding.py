@@ -4,7 +4,10 @@ The tokenizer is passed in: anything that Hugging Face's `AutoTokenizer` returns
 """
 
 import dataclasses
+import itertools
 from typing import Any
+
+import numpy as np
 
 from jaxdpo.types import InputError
 
@@ -51,16 +54,28 @@ def encoding_facts(tokenizer: Any) -> EncodingFacts:
     return EncodingFacts(prefix, eos, prefix or (eos if bos is None else int(bos),))
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of texts, nothing added and nothing cut; `verbose=False` silences the warning about long texts."""
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]
+def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    """Ids of texts, int32, nothing added and nothing cut; `verbose=False` silences the warning about long texts."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=False,
+        padding=False,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+    ends = np.cumsum([len(ids) for ids in encoded])
+    flat = np.fromiter(itertools.chain.from_iterable(encoded), np.int32, ends[-1])  # a third of np.array for each text
+    return [flat[end - len(ids) : end] for ids, end in zip(encoded, ends, strict=True)]
 
 
 def _probe(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids of a text without and with the tokenizer's special tokens."""
     for text in PROBES:
-        plain, whole = encode(tokenizer, [text])[0], list(tokenizer(text)["input_ids"])
+        plain, whole = encode(tokenizer, [text])[0].tolist(), list(tokenizer(text)["input_ids"])
         if plain:
             break
     return plain, whole

@@ -8,7 +8,7 @@ that a format does not read are ignored.
 (' 4', ' 5')
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jaxdpo.data import fields
 from jaxdpo.data.content import Content, Format, Render, Unusable, best_first
@@ -179,20 +179,6 @@ def preference_of(record: Record, convert: Format, origin: Origin, render: Rende
     return Preference(
         prompt, tuple(completions), origin, content.ranks, content.label, content.margin, templated=templated
     )
-
-
-def describe_dropped(dropped: Sequence[tuple[Origin, str]], *, limit: int = 10) -> str:
-    """One line that counts the dropped records and names them, at most `limit`.
-
-    Example:
-      >>> describe_dropped([(Origin("a.jsonl", 87), "a completion is empty")])
-      'dropped 1: row 86 (line 87): a completion is empty'
-      >>> describe_dropped([(Origin("a.csv", row, "row"), "two completions are equal") for row in (3, 5, 8)], limit=1)
-      'dropped 3: row 3: two completions are equal; and 2 more'
-    """
-    named = "; ".join(f"{origin.place}: {reason}" for origin, reason in dropped[:limit])
-    more = f"; and {len(dropped) - limit} more" if len(dropped) > limit else ""
-    return f"dropped {len(dropped)}{': ' if named else ''}{named}{more}"
 
 
 def _rendered(content: Content, render: Render | None) -> Content:

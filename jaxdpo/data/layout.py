@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.packing import Capacity, Layout, pack
-from jaxdpo.data.tokenize import TokenizedDataset
 from jaxdpo.types import PADDING, Batch, InputError
 
 LENGTH_MULTIPLE = 64
@@ -85,7 +85,7 @@ def choose_capacity(
         lengths = [row_length]
         _check_length(datasets, row_length)
     train = datasets[0]
-    scored_share = train.slots.sum() / train.tokens.sum()
+    scored_share = train.slots.sum(dtype=np.int64) / train.tokens.sum(dtype=np.int64)
     tried: list[tuple[float, Layout]] = []
     for length, share in itertools.product(lengths, SLOT_SHARES):
         slots = _round_up(max(needs.slots, share * scored_share * length), LENGTH_MULTIPLE)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdpo.data.tokenize import TokenizedGroup
+from jaxdpo.data.dataset import TokenizedDataset
+from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.types import UNRANKED, Batch, InputError
 
 
@@ -107,23 +108,22 @@ def pack(tokens: Sequence[int], slots: Sequence[int], capacity: Capacity) -> lis
     return rows
 
 
-def build_batch(
-    groups: Sequence[TokenizedGroup], example_ids: Sequence[int], rows: Sequence[Sequence[int]], layout: Layout
-) -> Batch:
+def build_batch(dataset: TokenizedDataset, rows: Sequence[Sequence[int]], layout: Layout) -> Batch:
     """Writes groups into the arrays of one microbatch.
 
     Args:
-      groups: what `rows` indexes.
-      example_ids: index in the dataset of each of `groups`.
-      rows: indices of the groups in each row, at most `layout.rows` rows; missing rows are empty.
+      dataset: the groups.
+      rows: indices in the dataset of the groups in each row, at most `layout.rows` rows; missing rows are empty.
       layout: the shape.
     Returns:
-      NumPy arrays that hold the invariants of `jaxdpo.types.check_batch`.
+      NumPy arrays that hold the invariants of `jaxdpo.types.check_batch`. Which fields there are follows from the
+      dataset, so that all its batches are of one kind.
     Raises:
       ValueError: if there are more rows than the layout has, or a row overflows.
     """
     length, slots, max_groups, candidates = layout.capacity
-    segments, ids = _segments(groups, rows)
+    members = [[dataset.groups[index] for index in row] for row in rows]
+    segments, ids = _segments(members)
     of_token = np.repeat(np.arange(len(segments.size)), segments.size)  # [tokens] its segment
     offset = np.arange(len(ids)) - np.repeat(np.cumsum(segments.size) - segments.size, segments.size)  # [tokens]
     scored = np.flatnonzero(segments.candidate[of_token] > 0)  # [scored tokens]
@@ -150,9 +150,12 @@ def build_batch(
         out[segments.row[present], owner[present]] = values[present]
         return out.reshape(layout.rows, max_groups, candidates)
 
-    example_id = np.full((layout.rows, max_groups), -1, np.int32)
-    for row, members in enumerate(rows):
-        example_id[row, : len(members)] = [example_ids[group] for group in members]
+    def per_group(values: Sequence[Sequence[float]], absent: int, dtype: type) -> np.ndarray:
+        out: np.ndarray = np.full((layout.rows, max_groups), absent, dtype)
+        for row, of_groups in enumerate(values):
+            out[row, : len(of_groups)] = of_groups
+        return out
+
     return Batch(
         tokens=per_token(ids),
         positions=per_token(segments.position[of_token] + offset),
@@ -164,18 +167,21 @@ def build_batch(
         candidate_last=per_candidate(segments.start + segments.size - 1, absent=0),
         candidate_mask=per_candidate(np.ones_like(owner), absent=0).astype(bool),
         rank=per_candidate(segments.rank, absent=UNRANKED),
-        example_id=example_id,
-        label=_labels(groups, rows, layout) if groups and groups[0].label is not None else None,
+        example_id=per_group(rows, -1, np.int32),
+        label=_labels(members, layout) if dataset.labelled else None,
+        margin=per_group([[group.margin or 0 for group in row] for row in members], 0, np.float32)
+        if dataset.has_margins
+        else None,
     )
 
 
-def _segments(groups: Sequence[TokenizedGroup], rows: Sequence[Sequence[int]]) -> tuple[Segments, np.ndarray]:
+def _segments(members: Sequence[Sequence[TokenizedGroup]]) -> tuple[Segments, np.ndarray]:
     """The segments of the rows, and the ids of all of them one after another."""
     table: list[tuple[int, ...]] = []
     ids = [np.zeros(0, np.int32)]
-    for row, members in enumerate(rows):
+    for row, groups in enumerate(members):
         start = 0
-        for number, group in enumerate((groups[i] for i in members), start=1):
+        for number, group in enumerate(groups, start=1):
             prompt = len(group.prompt)
             anchor = start + prompt - 1
             parts = zip((group.prompt, *group.completions), (UNRANKED, *group.candidate_ranks), strict=True)
@@ -187,11 +193,11 @@ def _segments(groups: Sequence[TokenizedGroup], rows: Sequence[Sequence[int]]) -
     return Segments(*columns.T), np.concatenate(ids)
 
 
-def _labels(groups: Sequence[TokenizedGroup], rows: Sequence[Sequence[int]], layout: Layout) -> np.ndarray:
+def _labels(members: Sequence[Sequence[TokenizedGroup]], layout: Layout) -> np.ndarray:
     """`Batch.label` of labelled groups: that of the first completion; a partner behind it has none of its own."""
     label = np.zeros((layout.rows, layout.capacity.groups, layout.capacity.candidates), np.float32)
-    for row, members in enumerate(rows):
-        label[row, : len(members), 0] = [bool(groups[group].label) for group in members]
+    for row, groups in enumerate(members):
+        label[row, : len(groups), 0] = [bool(group.label) for group in groups]
     return label
 
 

@@ -1,145 +1,126 @@
-"""From a file to preferences: JSON lines, plain or gzipped, every complaint with file and line.
+"""From what `--data` says to the records: files, saved data sets, the Hugging Face hub, TensorFlow Datasets.
 
-Lines are counted from 1, as editors do; where rows are named too, row 0 is line 1. Blank lines hold no record.
+A file is told by its content, whatever its name; CSV alone, which nothing marks, by a name that ends in `.csv`. All is
+read in constant memory, and every message begins with the source as the user wrote it.
 """
 
 import codecs
-import dataclasses
-import gzip
-import hashlib
-import json
-import pathlib
-import zlib
-from collections.abc import Iterator
-from typing import IO, Any, cast
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
 
-from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, preference_of
-from jaxdpo.types import InputError, Origin, Preference
+from jaxdpo.data.readers import json_array, json_lines, open_content
+from jaxdpo.data.records import ALLOWED, Numbered, Source
+from jaxdpo.data.spreadsheets import csv_rows
+from jaxdpo.data.tables import ParquetFile, open_hub, open_saved
+from jaxdpo.data.tfds import open_tfds
+from jaxdpo.types import InputError
 
-GZIP_MAGIC = b"\x1f\x8b"
+SCHEMES: dict[str, Callable[[str, str, str], Source]] = {"hf:": open_hub, "tfds:": open_tfds}
+"""What a name may begin with -> what opens it, given the name, what follows in it, and the split."""
 
+_SPLIT = re.compile(r"(.+?)(?::([A-Za-z]\w*(?:\[[^\]]*\])?(?:\+.+)?))?", re.DOTALL)
+"""A name and its split: `:train`, `:test[:10%]`, `:train+test`; a version, `:1.0.0`, is part of the name."""
 
-@dataclasses.dataclass(frozen=True)
-class LoadedPreferences:
-    """The usable preferences of one file, and what became of the rest.
-
-    Attributes:
-      preferences: in file order.
-      format: the name in `FORMATS` it was read with.
-      dropped: `(origin, reason)` of every record that holds no preference.
-      path: the file.
-      digest: `file_digest` of it.
-    """
-
-    preferences: list[Preference]
-    format: str
-    dropped: tuple[tuple[Origin, str], ...]
-    path: str
-    digest: str
-
-    def summary(self) -> str:
-        """One line: how many preferences or judged completions, from where, and which lines were dropped."""
-        labels = [preference.label for preference in self.preferences if preference.label is not None]
-        what, good = ("completions", f", {sum(labels)} of them good") if labels else ("preferences", "")
-        return f"{self.path}: {len(self.preferences)} {what} ({self.format}){good}, {describe_dropped(self.dropped)}"
+_CSV_NAME = re.compile(r".*\.csv(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL)
+_PARQUET = b"PAR1"
+_FOREIGN = {
+    _PARQUET: "a compressed Parquet file; unpack it",
+    b"PK\x03\x04": "a zip archive or a workbook; unpack it, or export the sheet as CSV",
+    b"BZh9": "a bzip2 file; unpack it",
+    b"\xfd7zXZ": "an xz file; unpack it",
+    b"\x1f\x8b": "compressed twice; unpack it once",
+    b"ARROW1": "an Arrow file; write Parquet",
+    b"\xff\xff\xff\xff": "an Arrow stream; name the directory that save_to_disk wrote",
+    b"\x89HDF": "an HDF5 file; write Parquet",
+    b"SQLite format 3\0": "an SQLite data base; export a table as CSV",
+    codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text; convert it to UTF-8",
+}
+"""First bytes of what is given for a data file by mistake -> what it is, and the fix."""
 
 
-def load_preferences(path: str | pathlib.Path, format: str = "auto") -> LoadedPreferences:
-    """Reads every preference of a data file.
+class JsonLines(Source):
+    """A file with one JSON object per line."""
+
+    unit: ClassVar[Literal["line", "row"]] = "line"
+
+    def records(self) -> Numbered:
+        return json_lines(self.name, *self.files)
+
+
+class JsonArray(Source):
+    """A file that is one JSON array of objects."""
+
+    def records(self) -> Numbered:
+        return json_array(self.name, *self.files)
+
+
+class CsvFile(Source):
+    """A CSV file with a header."""
+
+    def records(self) -> Numbered:
+        return csv_rows(self.name, *self.files)
+
+
+def open_sources(data: str) -> list[Source]:
+    """The sources that `--data` names.
 
     Args:
-      path: `.jsonl` or `.jsonl.gz`.
-      format: a name in `FORMATS`, or `auto` to tell it from the first record.
+      data: one source, or several with commas between them. A source is a file of JSON lines, a JSON array, CSV or
+        Parquet; a directory that `datasets.save_to_disk` wrote, or `DIRECTORY:SPLIT`; `hf:NAME[:SPLIT]`, a data set of
+        the Hugging Face hub; `tfds:NAME[:SPLIT]` or `tfds:DIRECTORY[:SPLIT]`, one of TensorFlow Datasets. The split is
+        `train` unless stated. A path that exists is one source, commas and all.
     Raises:
-      InputError: if the file cannot be read, a record breaks the format, or no record is usable; with file and line.
+      InputError: if a source is missing, unreadable or of no known kind; begins with its name.
     """
-    source = str(path)
-    if format != "auto" and format not in FORMATS:
-        raise InputError(f"format={format!r} is unknown; allowed: 'auto', {', '.join(map(repr, FORMATS))}")
-    preferences: list[Preference] = []
-    dropped: list[tuple[Origin, str]] = []
-    for line, record in read_records(path):
-        origin = Origin(source, line)
-        if format == "auto":
-            try:
-                format = detect_format(record)
-            except InputError as error:
-                raise InputError(f"{origin}: {error}") from None
-        try:
-            preferences.append(preference_of(record, FORMATS[format], origin))
-        except Unusable as reason:
-            dropped.append((origin, str(reason)))
-    if not preferences:
-        raise InputError(
-            f"{source}: none of its {len(dropped)} records is usable, {describe_dropped(dropped)}; "
-            "allowed: at least one prompt with two different completions, or with one and its label; correct the file"
-        )
-    return LoadedPreferences(preferences, format, tuple(dropped), source, file_digest(path))
+    return [_open_source(name) for name in _names(data)]
 
 
-def read_records(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, each with its line, from 1; gzip is told by content, not by name.
-
-    Raises:
-      InputError: if the file is missing, a directory, empty, a broken gzip or not UTF-8, or if a line is not one JSON
-        object; with file and line.
-    """
-    number, found = 0, False
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)  # some editors on Windows write it
-                if line.strip():
-                    found = True
-                    yield number, _object(line, f"{path}, line {number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path}, behind line {number}: the gzip stream is broken ({error}); allowed: a whole .gz file; "
-            "copy or download it again"
-        ) from None
-    if not found:
-        raise InputError(f"{path} holds no record; allowed: one JSON object per line; check how the file was written")
+def _names(data: str) -> Iterator[str]:
+    parts = data.split(",")
+    while parts:
+        paths = {size: ",".join(parts[:size]) for size in range(len(parts), 0, -1)}
+        size = next((size for size, path in paths.items() if os.path.exists(path)), 1)
+        name = paths[size] if os.path.exists(paths[size]) else paths[size].strip()
+        if not name:
+            raise InputError(f"data={data!r} names an empty source; allowed: sources with commas between; delete one")
+        yield name
+        parts = parts[size:]
 
 
-def file_digest(path: str | pathlib.Path) -> str:
-    """BLAKE2b of the file's bytes, 256 bits in hexadecimal (`b2sum -l 256` prints the same)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+def _open_source(name: str) -> Source:
+    path = Path(name).expanduser()
+    if os.path.isdir(path):  # unlike pathlib's, it takes every text for a path
+        return open_saved(name, path, "")
+    for scheme, open_named in SCHEMES.items():
+        if name.startswith(scheme) and not os.path.exists(path):
+            return open_named(name, *_with_split(name.removeprefix(scheme)))
+    directory, split = _with_split(name)
+    if split and not os.path.exists(path) and os.path.isdir(Path(directory).expanduser()):
+        return open_saved(name, Path(directory).expanduser(), split)
+    return _open_file(name, path)
 
 
-def _open(path: str | pathlib.Path) -> IO[bytes]:
-    """The file opened for reading bytes, unzipped if its content is gzip."""
-    if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():  # a pipe would be drained by the first look
-        kind = "a directory" if pathlib.Path(path).is_dir() else "no regular file"
-        raise InputError(f"data file {path} cannot be read, it is {kind}; allowed: a .jsonl or .jsonl.gz file")
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    except OSError as error:
-        raise InputError(
-            f"data file {path} cannot be read ({error.strerror}); allowed: a .jsonl or .jsonl.gz file; check the path"
-        ) from None
-    return cast(IO[bytes], gzip.open(path)) if zipped else open(path, "rb")
+def _with_split(name: str) -> tuple[str, str]:
+    match = _SPLIT.fullmatch(name)
+    return (match[1], match[2] or "") if match else (name, "")
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that a line holds; `where` is file and line, for the message."""
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: byte {line[error.start]:#04x} at offset {error.start} is not UTF-8; "
-            "allowed: UTF-8 text; convert the file"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        start = line[:60].decode(errors="replace").strip()
-        raise InputError(
-            f"{where}: bad JSON ({error}); got {start!r}; allowed: one JSON object per line; correct the line"
-        ) from None
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{where}: the line holds a JSON {type(value).__name__}; allowed: one JSON object per line, {{...}}; "
-            "write one object per line, not one list for the file"
-        )
-    return value
+def _open_file(name: str, path: Path) -> Source:
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be drained by the first look
+        raise InputError(f"data file {name} cannot be read, it is no regular file; {ALLOWED}; write it to a file")
+    with open_content(name, path) as file:
+        start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+        if start.startswith(_PARQUET) and isinstance(file, io.BufferedReader):
+            return ParquetFile(name, (path,))
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic):
+            raise InputError(f"data file {name} is {what}; {ALLOWED}, plain, or gzip or zstd around text")
+    first = start.lstrip()[:1]
+    if first == b"[":
+        return JsonArray(name, (path,))
+    return CsvFile(name, (path,)) if _CSV_NAME.fullmatch(path.name) and first != b"{" else JsonLines(name, (path,))

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import tqdm
 
-from jaxdpo.config import RunConfig
+from jaxdpo.config import DType, RunConfig
 from jaxdpo.data.audit import Audit
+from jaxdpo.data.audit_text import summary
 from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.layout import choose_capacity
 from jaxdpo.data.load import Loaded, load_dataset
@@ -159,7 +160,7 @@ def mesh_of(devices: Sequence[jax.Device], architecture: TransformerConfig) -> j
     return make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
 
 
-def default_dtype(devices: Sequence[jax.Device]) -> str:
+def default_dtype(devices: Sequence[jax.Device]) -> DType:
     """What is computed in where `dtype` is not given."""
     return "float32" if devices[0].platform == "cpu" else "bfloat16"
 
@@ -190,6 +191,8 @@ def _load(name: str, weights: tuple[float, ...] | None, tokenizer: Any, config: 
         )
     print(f"data       {loaded.summary()}")
     print(f"tokens     {loaded.dataset.summary()}")
+    if loaded.audit is not None:
+        print(*summary(loaded.audit), sep="\n")
     return Data(loaded, recipe.adapt(config, loaded.dataset))
 
 

@@ -1,15 +1,15 @@
 """`jaxdpo reward`: a reward model learns preferences; its most accurate checkpoint is exported, with mean reward 0."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxdpo.config import RewardConfig
 from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.data.pipeline import microbatches
+from jaxdpo.data.pipeline import first_epoch
 from jaxdpo.hf import load_reward_model
 from jaxdpo.losses import REWARD_LOSSES, LossSpec
 from jaxdpo.rewards import center_rewards
@@ -21,8 +21,8 @@ from jaxdpo.train.run_dir import RunDir
 from jaxdpo.types import InputError
 
 CENTERED_GROUPS = 8192
-"""Training groups, spread over all of them, whose rewards are given the mean 0: enough for a standard error of 1 % of
-the rewards' deviation."""
+"""Training groups whose rewards are given the mean 0, of those that a run has seen: enough for a standard error of 1 %
+of the rewards' deviation."""
 
 
 def run_reward(config: RewardConfig, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -66,13 +66,14 @@ def _load(config: RewardConfig, source: Path, **placement: Any) -> tuple[Any, di
 
 
 def _export(run: RunDir, ready: Prepared, params: dict) -> None:
-    dataset = ready.data[0].dataset
-    some = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), CENTERED_GROUPS)).round().astype(int))
-    batches = microbatches(dataset, some, ready.layout)
-    params, found = center_rewards(ready.model, params, batches, ready.mesh, label="mean reward", total=len(some))
+    dataset, batch_size = ready.data[0].dataset, ready.config.batch_size
+    steps = min(ready.schedule.total, math.ceil(CENTERED_GROUPS / batch_size))
+    total = min(len(dataset), steps * batch_size)
+    batches = first_epoch(dataset, ready.order, ready.layout, steps)
+    params, found = center_rewards(ready.model, params, batches, ready.mesh, label="mean reward", total=total)
     print(
         f"rewards    mean {found.mean_before:+.4f} -> 0, deviation {found.reward_std:.4f}, over the completions of "
-        f"{len(some):,} training groups; all moved alike to within {found.shift_std:.1e}"
+        f"{total:,} training groups; all moved alike to within {found.shift_std:.1e}"
     )
     write_export(run.export, ready.model, params, run, overwrite=True)
 

@@ -2,6 +2,7 @@
 
 config.yaml     the resolved configuration; the same command with `--config` on it reproduces the run
 metrics.jsonl   one object per optimizer step
+tensorboard/    the same for TensorBoard, if asked for; run_id names the run to other loggers
 curves.png      the same as a picture
 checkpoints/    Orbax
 model/          the model's Hugging Face configuration and tokenizer, without weights

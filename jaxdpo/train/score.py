@@ -12,8 +12,9 @@ import tqdm
 from jaxdpo.config import ScoreConfig
 from jaxdpo.data.chat import Renderer
 from jaxdpo.data.layout import choose_capacity
-from jaxdpo.data.load import Loaded, Reading, load_dataset
+from jaxdpo.data.load import Loaded, load_dataset
 from jaxdpo.data.pipeline import all_batches
+from jaxdpo.data.reading import Reading
 from jaxdpo.data.sources import open_sources
 from jaxdpo.disk import writing
 from jaxdpo.hf import load_config, load_reward_model, load_tokenizer

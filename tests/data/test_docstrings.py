@@ -6,7 +6,22 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["formats", "packing", "partners", "pipeline"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "chat",
+        "content",
+        "dataset",
+        "fields",
+        "formats",
+        "groups",
+        "messages",
+        "packing",
+        "partners",
+        "plan",
+        "transcripts",
+    ],
+)
 def test_examples(module):
     result = doctest.testmod(importlib.import_module(f"jaxdpo.data.{module}"))
     assert result.attempted > 0

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdpo.data.chat import plain
-from jaxdpo.data.formats import FORMATS, Unusable, describe_dropped, detect_format, implicit, preference_of
+from jaxdpo.data.formats import FORMATS, Unusable, detect_format, implicit, preference_of
 from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
@@ -340,7 +340,3 @@ def test_an_implicit_prompt_loses_nothing_and_cuts_no_word(start, end, other):
     for completion in completions:
         assert completion.strip()
         assert not prompt or prompt[-1] == "\n" or (completion[0].isspace() and not prompt[-1].isspace())
-
-
-def test_describe_nothing_dropped():
-    assert describe_dropped([]) == "dropped 0"

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from jaxdpo.data.layout import LENGTH_MULTIPLE, SLOT_COST, choose_capacity, fill_of
 from jaxdpo.data.packing import Capacity, Layout, build_batch
-from jaxdpo.data.pipeline import StepPlan, microbatches
+from jaxdpo.data.pipeline import microbatches
+from jaxdpo.data.plan import StepPlan
 from jaxdpo.types import InputError
 from tests.data.trees import DATASETS, dataset
 
@@ -20,7 +21,7 @@ def log_normal_pairs(n, seed=0):
 @settings(deadline=None, max_examples=30)
 @given(DATASETS, st.integers(1, 8), st.integers(1, 4), st.integers(1, 2000))
 def test_layout_holds_every_group_and_keeps_to_its_bounds(data, batch_size, row_multiple, limit):
-    plan = StepPlan(len(data), batch_size)
+    plan = StepPlan(data.sizes, batch_size)
     layout = choose_capacity([data], plan.sampled_steps(), max_microbatch_tokens=limit, row_multiple=row_multiple)
     length, slots, groups, candidates = layout.capacity
     assert length >= data.tokens.max() and slots >= data.slots.max() and groups >= 1 and candidates == data.candidates
@@ -33,7 +34,7 @@ def test_layout_holds_every_group_and_keeps_to_its_bounds(data, batch_size, row_
 @pytest.mark.parametrize("row_multiple", [1, 3])
 def test_rows_are_not_longer_than_memory_allows(row_multiple):
     data = log_normal_pairs(640)
-    steps = StepPlan(len(data), 64).sampled_steps()
+    steps = StepPlan(data.sizes, 64).sampled_steps()
     shortest = LENGTH_MULTIPLE * -(-int(data.tokens.max()) // LENGTH_MULTIPLE)
     generous = choose_capacity([data], steps, max_microbatch_tokens=100 * shortest, row_multiple=row_multiple)
     for limit in (1, row_multiple * shortest):
@@ -52,7 +53,7 @@ def test_groups_of_other_datasets_fit():
 @pytest.mark.parametrize("row_multiple", [1, 4])
 def test_rows_are_well_filled(limit, row_multiple):
     data = log_normal_pairs(640)
-    plan = StepPlan(len(data), 64)
+    plan = StepPlan(data.sizes, 64)
     layout = choose_capacity([data], plan.sampled_steps(), max_microbatch_tokens=limit, row_multiple=row_multiple)
     fill = fill_of(batch for step in range(10) for batch in microbatches(data, plan.groups_of_step(step), layout))
     assert fill.length > 0.8
@@ -61,7 +62,7 @@ def test_rows_are_well_filled(limit, row_multiple):
 @pytest.mark.parametrize("limit", [1024, 4096, 16384])
 def test_less_is_spent_than_with_the_shortest_rows_and_the_largest_microbatch(limit):
     data = log_normal_pairs(640)
-    steps = StepPlan(len(data), 64).sampled_steps()
+    steps = StepPlan(data.sizes, 64).sampled_steps()
     chosen = choose_capacity([data], steps, max_microbatch_tokens=limit)
     shortest = LENGTH_MULTIPLE * -(-int(data.tokens.max()) // LENGTH_MULTIPLE)
     plain = Layout(Capacity(shortest, shortest, shortest, 2), limit // shortest)
@@ -75,7 +76,7 @@ def test_less_is_spent_than_with_the_shortest_rows_and_the_largest_microbatch(li
 
 def test_row_length_can_be_said():
     data = log_normal_pairs(200)
-    steps = StepPlan(len(data), 64).sampled_steps()
+    steps = StepPlan(data.sizes, 64).sampled_steps()
     assert choose_capacity([data], steps, max_microbatch_tokens=8192, row_length=1000).capacity.length == 1000
 
 
@@ -88,8 +89,8 @@ def test_row_length_shorter_than_a_group_is_an_error_that_names_its_row():
 def test_fill_counts_tokens_slots_and_empty_rows():
     data = dataset([(3, 1, 2), (2, 1, 1)])
     layout = Layout(Capacity(length=10, slots=8, groups=2, candidates=2), rows=2)
-    full = build_batch(data.groups, [0, 1], [[0], [1]], layout)
-    half = build_batch(data.groups, [0, 1], [[0, 1]], layout)
+    full = build_batch(data, [[0], [1]], layout)
+    half = build_batch(data, [[0, 1]], layout)
     fill = fill_of([full, half])
     assert fill == ((10 + 10) / 40, (5 + 5) / 32, 4, 1)
     assert fill.summary() == "fill 50.0% of length, 31.2% of slots; 1 of 4 rows empty"

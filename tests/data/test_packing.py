@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.packing import Capacity, Layout, build_batch, pack
 from jaxdpo.types import UNRANKED, InputError, check_batch
 from tests.data.trees import DATASETS, dataset, expected_paths, group, read_paths
@@ -13,7 +14,7 @@ def pack_dataset(data, capacity):
 
 
 def batch_of(data, rows, layout):
-    return build_batch(data.groups, range(len(data)), rows, layout)
+    return build_batch(data, rows, layout)
 
 
 @settings(deadline=None)
@@ -71,11 +72,10 @@ def test_batch_by_hand():
     assert batch.candidate_mask.tolist() == [[[True, True], [True, False], [False, False]], [[False, False]] * 3]
     assert batch.rank.tolist() == [[[0, 1], [0, UNRANKED], [UNRANKED] * 2], [[UNRANKED] * 2] * 3]
     assert batch.example_id.tolist() == [[0, 1, -1], [-1, -1, -1]]
-    assert batch.label is None
-    assert {field.dtype for field in batch[:-1]} == {np.dtype(np.int32), np.dtype(bool)}
-    assert [name for name, field in zip(batch._fields[:-1], batch[:-1], strict=True) if field.dtype == bool] == [
-        "candidate_mask"
-    ]
+    assert batch.label is None and batch.margin is None
+    assert {name: field.dtype for name, field in batch._asdict().items() if field is not None} == {
+        name: bool if name == "candidate_mask" else np.int32 for name in batch._fields[:-2]
+    }
 
 
 def test_ranks_stand_in_the_batch_with_ties_and_a_rest_below_the_top():
@@ -84,7 +84,9 @@ def test_ranks_stand_in_the_batch_with_ties_and_a_rest_below_the_top():
         group(1, 2, 1),
         group(1, 1, 1, 1, 1, ranks=(0, 1, UNRANKED, UNRANKED)),
     ]
-    batch = build_batch(groups, range(3), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=4), rows=2))
+    batch = batch_of(
+        TokenizedDataset.of(groups), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=4), rows=2)
+    )
     check_batch(batch)
     assert batch.rank.tolist() == [
         [[0, 0, 1, UNRANKED], [0, 1, UNRANKED, UNRANKED]],
@@ -96,7 +98,9 @@ def test_ranks_stand_in_the_batch_with_ties_and_a_rest_below_the_top():
 
 def test_labels_stand_in_the_batch_and_partners_have_neither_label_nor_rank():
     groups = [group(2, 1, 2, label=True), group(1, 2, label=True), group(1, 1, 3, label=False)]
-    batch = build_batch(groups, range(3), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=2), rows=3))
+    batch = batch_of(
+        TokenizedDataset.of(groups), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=2), rows=3)
+    )
     check_batch(batch)
     assert batch.label.tolist() == [[[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
     assert batch.label.dtype == np.float32
@@ -119,14 +123,19 @@ def test_paths_read_back_from_a_batch_are_prompt_and_completion(data, spare, emp
     assert not batch.group_mask[len(rows) :].any()
 
 
-def test_example_ids_are_those_that_were_passed():
-    data = dataset([(1, 1, 1)] * 3)
-    batch = build_batch(data.groups, [70, 80, 90], [[2, 0], [1]], Layout(Capacity(6, 4, 2, 2), rows=2))
-    assert batch.example_id.tolist() == [[90, 70], [80, -1]]
+def test_margins_stand_in_every_batch_of_a_dataset_that_states_one():
+    data = TokenizedDataset.of([group(1, 1, 1), group(1, 2, 1, row=2, margin=1.5), group(1, 1, 1, row=3, margin=-2)])
+    layout = Layout(Capacity(8, 6, groups=2, candidates=2), rows=2)
+    batch, without = batch_of(data, [[2, 0], [1]], layout), batch_of(data, [[0]], layout)
+    for made in (batch, without):
+        check_batch(made)
+    assert batch.margin.dtype == np.float32
+    assert batch.margin.tolist() == [[-2, 0], [1.5, 0]] and not without.margin.any()
+    assert batch_of(TokenizedDataset.of(data.groups[:1]), [[0]], layout).margin is None
 
 
 def test_batch_of_nothing_is_empty():
-    batch = build_batch([], [], [], Layout(Capacity(4, 3, 2, 2), rows=2))
+    batch = batch_of(TokenizedDataset.of([]), [], Layout(Capacity(4, 3, 2, 2), rows=2))
     check_batch(batch)
     assert not batch.group_mask.any()
 
@@ -146,7 +155,7 @@ def test_rows_that_do_not_fit_the_layout_are_refused(rows, capacity):
     groups = [group(2, 1, 2), group(2, 1, 2)]
     layout = Layout(capacity, rows=2)
     with pytest.raises(ValueError, match=r"the rows need Layout.*; allowed: Layout"):
-        build_batch(groups, [0, 1], rows, layout)
+        build_batch(TokenizedDataset.of(groups), rows, layout)
 
 
 def test_layout_sums_itself_up():

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxdpo.data.sources import load_preferences
-from jaxdpo.data.tokenize import tokenize_dataset
+from jaxdpo.data.load import load_dataset
+from jaxdpo.data.reading import read_preferences
 from jaxdpo.hf import load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.train.quickstart import HELD_OUT, WHEEL, write_data
@@ -35,15 +35,14 @@ def test_length_does_not_tell_chosen_from_rejected(pairs):
 
 
 def test_held_out_pairs_are_the_last_ones_and_share_no_prompt(tmp_path, pairs):
-    train, held_out = (load_preferences(path) for path in write_data(tmp_path))
-    assert (len(train.preferences), len(held_out.preferences)) == (240 - HELD_OUT, HELD_OUT)
-    assert [p.prompt for p in held_out.preferences] == [pair["prompt"] for pair in pairs[-HELD_OUT:]]
-    assert train.dropped == held_out.dropped == ()
+    train, held_out = (list(read_preferences(str(path))) for path in write_data(tmp_path))
+    assert (len(train), len(held_out)) == (240 - HELD_OUT, HELD_OUT)
+    assert [preference.prompt for preference in held_out] == [pair["prompt"] for pair in pairs[-HELD_OUT:]]
 
 
 def test_trees_have_at_most_eighty_tokens(tmp_path, smollm2):
     for path in write_data(tmp_path):
-        dataset = tokenize_dataset(load_preferences(path).preferences, load_tokenizer(smollm2), 128)
+        dataset = load_dataset(str(path), load_tokenizer(smollm2), 128).dataset
         assert dataset.tokens.max() <= 80
         assert not dataset.truncated_prompts and not dataset.truncated_completions
 

@@ -1,188 +1,328 @@
+"""What `--data` says is told apart, opened and named; wrong names and files are errors that say what they are."""
+
+import bz2
 import gzip
 import hashlib
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from unittest import mock
 
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from backports import zstd
+from huggingface_hub import errors
 
-from jaxdpo.data.sources import file_digest, load_preferences, read_records
-from jaxdpo.types import UNRANKED, InputError, Origin, Preference
+import jaxdpo
+from jaxdpo.data.sources import CsvFile, JsonArray, JsonLines, open_sources
+from jaxdpo.data.tables import ArrowDataset, ParquetFile
+from jaxdpo.hub import HubUnreachable
+from jaxdpo.types import InputError
 
-PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
-LINE = json.dumps(PAIR).encode()
-TURN = "\n\nHuman: Hi\n\nAssistant:"
+RECORDS = [{"prompt": f"{i}+{i}=", "chosen": f" {2 * i}", "rejected": " é"} for i in range(600)]
+LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
+ARRAY = json.dumps(RECORDS, indent=1).encode()
+CSV = b"prompt,chosen,rejected\n" + b"".join(",".join(record.values()).encode() + b"\r\n" for record in RECORDS)
+BOM = b"\xef\xbb\xbf"
+
+
+def parquet(records=RECORDS) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(records), sink)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(content: bytes, name: str = "data.jsonl"):
-        path = tmp_path / name
-        path.write_bytes(content)
-        return path
+def write(tmp_path, monkeypatch):
+    """Writes a file into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content: bytes, name: str = "data.jsonl") -> str:
+        Path(name).write_bytes(content)
+        return name
 
     return write
 
 
-def lines(*records) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def test_rows_are_lines_and_blank_lines_hold_no_record(write):
-    path = write(LINE + b"\n\n  \r\n" + LINE + b"\r\n\n")
-    assert list(read_records(path)) == [(1, PAIR), (4, PAIR)]
-
-
-def test_last_line_needs_no_line_end(write):
-    assert list(read_records(write(LINE))) == [(1, PAIR)]
-
-
-def test_only_line_feeds_end_lines(write):
-    record = {**PAIR, "chosen": " a\u2028b\x85c"}
-    path = write(json.dumps(record, ensure_ascii=False).encode() + b"\n" + LINE)
-    assert list(read_records(path)) == [(1, record), (2, PAIR)]
-
-
-def test_byte_order_mark_is_skipped(write):
-    assert list(read_records(write(b"\xef\xbb\xbf" + LINE))) == [(1, PAIR)]
-
-
-@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.jsonl"])
-def test_gzip_is_told_by_content(write, name):
-    assert list(read_records(write(gzip.compress(LINE), name))) == [(1, PAIR)]
-
-
-def test_plain_text_may_be_called_gz(write):
-    assert list(read_records(write(LINE, "data.jsonl.gz"))) == [(1, PAIR)]
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with `one`, a saved data set, and `dict`, a saved dict of two."""
+    root = tmp_path_factory.mktemp("saved")
+    one, few = datasets.Dataset.from_list(RECORDS), datasets.Dataset.from_list(RECORDS[:5])
+    one.save_to_disk(root / "one")
+    datasets.DatasetDict({"train": one, "test": few}).save_to_disk(root / "dict")
+    return root
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "name", "kind"),
     [
-        (b"", r"data\.jsonl holds no record; allowed: one JSON object per line"),
-        (b"\n \n", r"data\.jsonl holds no record"),
-        (gzip.compress(b""), r"data\.jsonl holds no record"),
-        (LINE + b"\n{'prompt': 1}\n", r"data\.jsonl, line 2: bad JSON \(.*\); got \"\{'prompt': 1\}\""),
-        (LINE + b"\n" + LINE[:-5], r"data\.jsonl, line 2: bad JSON"),
-        (b"{\n" + LINE, r"data\.jsonl, line 1: bad JSON"),
-        (LINE + b"\n" + b"[" * 100_000, r"data\.jsonl, line 2: bad JSON"),
-        (b"\n[" + LINE + b"]", r"data\.jsonl, line 2: the line holds a JSON list"),
-        (LINE + b"\nnull", r"data\.jsonl, line 2: the line holds a JSON NoneType"),
-        (LINE + b'\n{"prompt": "\xe9"}', r"data\.jsonl, line 2: byte 0xe9 at offset 12 is not UTF-8"),
-        (LINE.decode().encode("utf-16"), r"data\.jsonl, line 1: byte 0xff at offset 0 is not UTF-8"),
-        (gzip.compress(LINE)[:-12], r"data\.jsonl, behind line 0: the gzip stream is broken"),
-        (gzip.compress(LINE)[:-8] + b"\0" * 8, r"data\.jsonl, behind line [01]: the gzip stream is broken"),
-        (gzip.compress(LINE)[:10] + b"\xff" * 20, r"data\.jsonl, behind line 0: the gzip stream is broken"),
+        (LINES, "data.jsonl", JsonLines),
+        (LINES, "data.csv", JsonLines),
+        (b"\n \n" + LINES, "data.json", JsonLines),
+        (gzip.compress(LINES), "data.jsonl", JsonLines),
+        (LINES, "data.jsonl.gz", JsonLines),
+        (zstd.compress(LINES), "data", JsonLines),
+        (zstd.compress(LINES[:100]) + zstd.compress(LINES[100:]), "data.zst", JsonLines),
+        (b"\x50\x2a\x4d\x18\x02\x00\x00\x00ab" + zstd.compress(LINES), "data.zst", JsonLines),
+        (ARRAY, "data.json", JsonArray),
+        (BOM + b" \n" + ARRAY, "data.jsonl", JsonArray),
+        (zstd.compress(ARRAY), "data.csv", JsonArray),
+        (CSV, "data.csv", CsvFile),
+        (BOM + CSV, "DATA.CSV", CsvFile),
+        (gzip.compress(CSV), "data.csv.gz", CsvFile),
+        (parquet(), "data.parquet", ParquetFile),
+        (parquet(), "data.jsonl", ParquetFile),
     ],
-    ids=str,
 )
-def test_broken_file_is_an_error_that_names_file_and_row(write, content, complaint):
-    with pytest.raises(InputError, match=complaint):
-        list(read_records(write(content)))
+def test_files_are_told_by_content(write, content, name, kind):
+    (source,) = open_sources(write(content, name))
+    assert type(source) is kind
+    assert source.name == name
+    first = 1 + 2 * content.startswith(b"\n") if kind is JsonLines else 0
+    assert source.unit == ("line" if kind is JsonLines else "row")
+    assert list(source.records()) == list(enumerate(RECORDS, start=first))
+    assert list(source.records()) == list(enumerate(RECORDS, start=first)), "a source can be read again"
+    assert source.digest() == hashlib.blake2b(content, digest_size=32).hexdigest()
+    assert source.num_records() in ((600,) if kind is ParquetFile else (None,))
 
 
-def test_missing_file_and_directory(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.jsonl cannot be read \(No such file or directory\)"):
-        load_preferences(tmp_path / "gone.jsonl")
-    with pytest.raises(InputError, match=r"cannot be read, it is a directory"):
-        load_preferences(tmp_path)
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(parquet()), "a compressed Parquet file; unpack it"),
+        (bz2.compress(LINES), "a bzip2 file; unpack it"),
+        (gzip.compress(gzip.compress(LINES)), "compressed twice; unpack it once"),
+        (b"PK\x03\x04\x14\x00", "a zip archive or a workbook; unpack it, or export the sheet as CSV"),
+        (LINES.decode().encode("utf-16"), "UTF-16 text; convert it to UTF-8"),
+    ],
+)
+def test_foreign_files_are_named(write, content, what):
+    with pytest.raises(InputError, match=f"^data file data.jsonl is {what}; allowed: JSON lines, a JSON array, CSV or"):
+        open_sources(write(content))
 
 
-def test_load_pairs(write):
-    path = write(lines(PAIR, {**PAIR, "rejected": " yes"}, {**PAIR, "prompt": "R:"}))
-    loaded = load_preferences(path)
-    assert loaded.format == "pairs"
-    assert loaded.preferences == [
-        Preference("Q:", (" yes", " no"), Origin(str(path), 1)),
-        Preference("R:", (" yes", " no"), Origin(str(path), 3)),
-    ]
-    assert loaded.dropped == ((Origin(str(path), 2), "two completions are equal"),)
-    assert loaded.digest == file_digest(path)
-    assert loaded.summary() == f"{path}: 2 preferences (pairs), dropped 1: row 1 (line 2): two completions are equal"
-
-
-def test_load_hh_drops_by_row_what_holds_no_preference(write):
-    path = write(
-        gzip.compress(
-            lines(
-                {"chosen": TURN + " Hello.", "rejected": TURN + " Go."},
-                {"chosen": TURN + " ", "rejected": TURN + " Go."},
-                {"chosen": TURN + " Hello.", "rejected": "\n\nHuman: Ho\n\nAssistant: Go."},
-                {"chosen": TURN + " Same.", "rejected": TURN + " Same."},
-            )
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("gone.jsonl", r"^data file gone\.jsonl cannot be read, at its start \(No such file or directory\); allowed: "),
+        ("a\0b", r"^data file 'a\\x00b' cannot be read, it has a NUL character"),
+        ("a" * 300, r"cannot be read, at its start \(File name too long\)"),
+        ("loop", r"^data file loop cannot be read, at its start \(Too many levels of symbolic links\)"),
+        ("pipe", r"^data file pipe cannot be read, it is no regular file; allowed: "),
+        (
+            "full",
+            r"^data directory full holds a\.jsonl, b\.jsonl; allowed: a directory written by datasets' save_to_dis",
         ),
-        "hh.jsonl.gz",
-    )
-    loaded = load_preferences(path)
-    assert (loaded.format, len(loaded.preferences)) == ("hh", 1)
-    assert loaded.dropped == (
-        (Origin(str(path), 2), "a completion is empty"),
-        (Origin(str(path), 3), "chosen and rejected have different prompts"),
-        (Origin(str(path), 4), "two completions are equal"),
-    )
-
-
-def test_load_rankings(write):
-    path = write(
-        lines(
-            {"prompt": "Q:", "completions": [" a", " b", " c"], "ranks": [None, 0, None]},
-            {"prompt": "Q:", "completions": [" a", " b"]},
-            {"prompt": "Q:", "completions": [" a", " b"], "scores": [1, 1]},
-        )
-    )
-    loaded = load_preferences(path)
-    assert loaded.preferences == [
-        Preference("Q:", (" b", " a", " c"), Origin(str(path), 1), ranks=(0, UNRANKED, UNRANKED)),
-        Preference("Q:", (" a", " b"), Origin(str(path), 2)),
-    ]
-    assert loaded.summary() == f"{path}: 2 preferences (ranked), dropped 1: row 2 (line 3): all completions tie"
-
-
-def test_load_judged_completions(write):
-    path = write(
-        lines(*({"prompt": "Q:", "completion": text, "label": text == " a"} for text in (" a", " b", " ", " a")))
-    )
-    loaded = load_preferences(path)
-    assert [item.label for item in loaded.preferences] == [True, False, True]
-    assert loaded.summary() == (
-        f"{path}: 3 completions (unpaired), 2 of them good, dropped 1: row 2 (line 3): a completion is empty"
-    )
-
-
-def test_a_file_is_of_one_kind(write):
-    with pytest.raises(InputError, match=r"data\.jsonl, line 2: field 'completions' is missing"):
-        load_preferences(write(lines({"prompt": "Q:", "completions": [" a", " b"]}, PAIR)))
-
-
-def test_format_can_be_said(write):
-    path = write(lines({"prompt": "x", "chosen": TURN + " Hello.", "rejected": TURN + " Go."}))
-    assert load_preferences(path).format == "pairs"
-    assert load_preferences(path, "hh").preferences[0].prompt == TURN
-
-
-def test_errors_of_a_record_carry_file_and_row(write):
-    path = write(lines(PAIR, {"prompt": "Q:", "chosen": " yes"}))
-    with pytest.raises(InputError, match=r"data\.jsonl, line 2: field 'rejected' is missing"):
-        load_preferences(path)
-    with pytest.raises(InputError, match=r"data\.jsonl, line 1: no format fits a record with the fields \['text'\]"):
-        load_preferences(write(lines({"text": "a"})))
-    with pytest.raises(InputError, match=r"data\.jsonl, line 1: 2 formats fit a record with the fields \['chosen', "):
-        load_preferences(write(lines({**PAIR, "completions": [" a", " b"]})))
-
-
-def test_unknown_format(write):
-    with pytest.raises(
-        InputError, match=r"format='csv' is unknown; allowed: 'auto', 'pairs', 'hh', 'ranked', 'unpaired'$"
-    ):
-        load_preferences(write(LINE), "csv")
-
-
-def test_a_file_of_unusable_records_is_an_error(write):
-    complaint = (
-        r"none of its 1 records is usable, dropped 1: row 0 \(line 1\): two completions are equal; "
-        "allowed: at least one prompt with two different completions, or with one and its label"
-    )
+        ("empty", r"^data directory empty holds nothing"),
+        ("", r"^data='' names an empty source"),
+        ("full/a.jsonl,", r"^data='full/a\.jsonl,' names an empty source"),
+        ("full/a.jsonl,gone.jsonl", r"^data file gone\.jsonl cannot be read"),
+        ("hf:", r"^hf: names no data set; allowed: hf:NAME or hf:ORG/NAME"),
+        ("hf:a/b/c", r"^hf:a/b/c names no data set"),
+        ("tfds:", r"^tfds: names no data set; allowed: tfds:NAME or tfds:DIRECTORY"),
+    ],
+)
+def test_names_of_nothing(tmp_path, monkeypatch, name, complaint):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    os.mkfifo("pipe")
+    for path in ("full", "empty"):
+        Path(path).mkdir()
+    for path in ("full/a.jsonl", "full/b.jsonl"):
+        Path(path).write_bytes(LINES)
     with pytest.raises(InputError, match=complaint):
-        load_preferences(write(lines({**PAIR, "rejected": " yes"})))
+        open_sources(name)
 
 
-def test_digest_is_of_the_bytes(write):
-    assert file_digest(write(LINE)) == hashlib.blake2b(LINE, digest_size=32).hexdigest()
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that can be opened and not read")
+def test_a_disk_that_does_not_give_the_bytes():
+    with pytest.raises(
+        InputError, match=r"^data file /proc/self/mem cannot be read, at its start \(Input/output error"
+    ):
+        open_sources("/proc/self/mem")
+
+
+def test_several_sources_stand_between_commas(write):
+    for name in ("a.jsonl", "b,c.jsonl", "d"):
+        write(LINES, name)
+    names = [source.name for source in open_sources("a.jsonl, d,b,c.jsonl,a.jsonl")]
+    assert names == ["a.jsonl", "d", "b,c.jsonl", "a.jsonl"]
+
+
+def test_a_path_is_what_it_is_called(write):
+    """A file may be called like a data set of the hub or like a split of a directory."""
+    Path("hf:org").mkdir()
+    Path("dict").mkdir()
+    for name in ("hf:org/name", "dict:test"):
+        assert next(open_sources(write(LINES, name))[0].records()) == (1, RECORDS[0])
+
+
+def test_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data.jsonl").write_bytes(b"{")
+    with pytest.raises(InputError, match=r"^~/data\.jsonl, line 1: bad JSON"):
+        list(open_sources("~/data.jsonl")[0].records())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("one", 600), ("dict", 600), ("dict:train", 600), ("dict:test", 5), ("dict/test", 5)]
+)
+def test_saved_data_sets(saved, monkeypatch, name, count):
+    monkeypatch.chdir(saved)
+    (source,) = open_sources(name)
+    assert isinstance(source, ArrowDataset) and source.unit == "row"
+    assert list(source.records()) == list(enumerate(RECORDS[:count]))
+    assert source.num_records() == count
+    assert [file.suffix for file in source.files] == [".arrow"]
+
+
+def test_digest_of_a_saved_data_set_is_of_its_content(saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(saved)
+    whole, test, copy = (open_sources(name)[0].digest() for name in ("dict", "dict:test", "dict:train"))
+    assert whole == copy != test
+    shutil.copytree("dict", tmp_path / "other")
+    assert open_sources(str(tmp_path / "other"))[0].digest() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("dict:dev", r"^dict:dev has no split 'dev'; allowed: 'train', 'test'; write dict:SPLIT"),
+        ("one:train", r"^one:train: one is one data set without splits; leave ':train' out"),
+    ],
+)
+def test_splits_that_a_directory_lacks(saved, monkeypatch, name, complaint):
+    monkeypatch.chdir(saved)
+    with pytest.raises(InputError, match=complaint):
+        open_sources(name)
+
+
+ARROW = "data-00000-of-00001.arrow"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (ARROW, b""),
+        (ARROW, b"{}"),
+        (ARROW, None),
+        ("state.json", b"{}"),
+        ("state.json", None),
+        ("dataset_info.json", b""),
+    ],
+)
+def test_damaged_saved_data_sets(saved, tmp_path, monkeypatch, file, content):
+    shutil.copytree(saved / "one", tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    Path("one", file).unlink()
+    if content is not None:
+        Path("one", file).write_bytes(content)
+    with pytest.raises(InputError, match=r"^(one cannot be|data directory one holds)"):
+        list(open_sources("one")[0].records())
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A home of the Hugging Face libraries whose cache holds the data set org/prefs with 600 records."""
+    (tmp_path / "data.jsonl").write_bytes(LINES)
+    cache = tmp_path / "home" / "datasets"
+    datasets.load_dataset("json", data_files=str(tmp_path / "data.jsonl"), cache_dir=str(cache))
+    (made,) = cache.glob("json/*/*/*/")
+    of_hub = cache / "org___prefs" / "default" / "0.0.0" / made.name
+    of_hub.mkdir(parents=True)
+    for file in made.iterdir():
+        shutil.copy(file, of_hub / file.name.replace("json-", "prefs-"))
+    return tmp_path / "home"
+
+
+def test_a_silent_hub_leaves_the_cached_copy(cached):
+    """In a process of its own: the libraries read their environment when they are imported."""
+    program = """
+        from jaxdpo.data import sources, tables
+        tables.HUB_TIMEOUT = 0.5
+        for name in ("hf:org/prefs", "hf:org/prefs:train[:10%]", "hf:org/none"):
+            try:
+                source = sources.open_sources(name)[0]
+                print(name, source.num_records(), next(source.records()))
+            except tables.HubUnreachable as error:
+                print(error)
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()  # accepts, and never answers
+        env = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "HF_HOME": str(cached),
+            "PYTHONPATH": str(Path(jaxdpo.__file__).parents[1]),
+        }
+        start = time.monotonic()
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+        seconds = time.monotonic() - start
+    whole, part, none = done.stdout.splitlines()
+    assert whole == f"hf:org/prefs 600 {(0, RECORDS[0])}"
+    assert part == f"hf:org/prefs:train[:10%] 60 {(0, RECORDS[0])}"
+    assert none.startswith("hf:org/none: the hub is not reachable (")
+    assert seconds < 20
+
+
+ANSWER = mock.Mock(headers={})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (errors.RepositoryNotFoundError("x", response=ANSWER), InputError, "the hub has no data set 'org/name'"),
+        (errors.GatedRepoError("x", response=ANSWER), InputError, "hf:org/name is gated; accept its terms at https://"),
+        (ConnectionError("proxy says no"), HubUnreachable, r"^hf:org/name: the hub is not reachable \(proxy says no\)"),
+        (errors.OfflineModeIsEnabled(), HubUnreachable, "OfflineModeIsEnabled"),
+    ],
+)
+def test_answers_of_the_hub(monkeypatch, error, kind, message):
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", mock.Mock(side_effect=error))
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=OSError("not in the cache")))
+    with pytest.raises(InputError, match=message) as raised:
+        open_sources("hf:org/name")
+    assert type(raised.value) is kind
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    """The split is train unless stated; what `datasets` complains of is passed on with the way out."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", mock.Mock())
+    load = mock.Mock(return_value=datasets.Dataset.from_list(RECORDS))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (source,) = open_sources("hf:org/name:test[:10%]")
+    assert list(source.records()) == list(enumerate(RECORDS))
+    open_sources("hf:name")
+    assert load.call_args_list == [mock.call("org/name", split="test[:10%]"), mock.call("name", split="train")]
+    load.side_effect = ValueError("Config name is missing.\nPlease pick one")
+    with pytest.raises(
+        InputError, match=r"^hf:name cannot be loaded .*\(Config name is missing\.\); .*save_to_disk\(DIR"
+    ):
+        open_sources("hf:name")
+
+
+def test_nothing_is_loaded_that_is_not_needed(write):
+    program = """
+        import sys
+        from jaxdpo.data.sources import open_sources
+        for source in open_sources("data.jsonl,data.json,data.csv"):
+            list(source.records())
+        print({"pyarrow", "datasets", "tensorflow_datasets", "jax", "pandas"} & set(sys.modules))
+        list(open_sources("data.parquet")[0].records())
+        print({"datasets", "tensorflow_datasets", "jax", "pandas"} & set(sys.modules))
+    """
+    for content, name in ((LINES, "data.jsonl"), (ARRAY, "data.json"), (CSV, "data.csv"), (parquet(), "data.parquet")):
+        write(content, name)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.stdout == "set()\nset()\n", done.stderr

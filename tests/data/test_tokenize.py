@@ -34,8 +34,8 @@ TOKENIZERS = {
 each_tokenizer = pytest.mark.parametrize("tokenizer, facts", TOKENIZERS.values(), ids=TOKENIZERS)
 
 
-def preference(prompt, *completions, line=1, ranks=None, label=None):
-    return Preference(prompt, completions, Origin("data.jsonl", line), ranks, label)
+def preference(prompt, *completions, line=1, **stated):
+    return Preference(prompt, completions, Origin("data.jsonl", line), **stated)
 
 
 def ids(text):
@@ -121,6 +121,102 @@ def test_smallest_max_length_holds_the_prefix():
     assert as_lists(group) == [[BOS], ids("a"), ids("b")]
 
 
+def templated(*texts):
+    return preference(*texts, templated=True)
+
+
+@each_tokenizer
+def test_nothing_is_added_to_what_a_template_wrote(tokenizer, facts):
+    group = tokenize_preference(templated("cat", " sat", " ran<eos>"), tokenizer, 64)
+    assert as_lists(group) == [ids("cat"), ids(" sat"), [*ids(" ran"), EOS]]
+
+
+@each_tokenizer
+def test_what_a_template_wrote_first_stands_once(tokenizer, facts):
+    group = tokenize_preference(templated("<bos>cat", "a", "b"), tokenizer, 64)
+    assert as_lists(group) == [[BOS, *ids("cat")], ids("a"), ids("b")]
+
+
+@each_tokenizer
+def test_an_empty_prompt_of_a_template_has_a_predictor(tokenizer, facts):
+    assert as_lists(tokenize_preference(templated("", "a", "b"), tokenizer, 64)) == [
+        list(facts.empty_prompt),
+        ids("a"),
+        ids("b"),
+    ]
+
+
+def test_the_prefix_that_a_template_wrote_is_not_cut():
+    prompt = "<bos>" + LETTERS[:9]
+    group = tokenize_preference(templated(prompt, "abc", "ab"), LLAMA_LIKE, 8)
+    assert as_lists(group) == [[BOS, *ids(LETTERS[5:9])], ids("abc"), ids("ab")] and group.prompt_truncated
+    group = tokenize_preference(templated(prompt, "abc", "ab"), SMOLLM_LIKE, 8)  # no prefix of its own
+    assert as_lists(group)[0] == ids(LETTERS[4:9])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "item", "expected"),
+    [
+        (SMOLLM_LIKE, preference("cat", " sat"), [[BOS], [*ids("cat"), *ids(" sat"), EOS]]),
+        (GPT2_LIKE, preference("cat", " sat"), [[EOS], [*ids("cat"), *ids(" sat"), EOS]]),
+        (LLAMA_LIKE, preference("cat", " sat"), [[BOS], [*ids("cat"), *ids(" sat"), EOS]]),
+        (LLAMA_LIKE, preference("t", "h"), [[BOS], [*ids("t"), *ids("h"), EOS]]),
+        (LLAMA_LIKE, preference("", "sat"), [[BOS], [*ids("sat"), EOS]]),
+        (LLAMA_LIKE, templated("<bos>cat", " sat"), [[BOS], [*ids("cat"), *ids(" sat")]]),
+        (SMOLLM_LIKE, templated("<bos>cat", " sat"), [[BOS], [*ids("cat"), *ids(" sat")]]),
+        (LLAMA_LIKE, templated("cat", " sat"), [ids("c"), [*ids("at"), *ids(" sat")]]),
+        (SMOLLM_LIKE, preference("t", "h", "e"), [[BOS], [*ids("t"), *ids("h"), EOS], [*ids("te"), EOS]]),
+    ],
+)
+def test_the_prompt_can_be_scored_too(tokenizer, item, expected):
+    (group,) = tokenize_dataset([item], tokenizer, 64, score_prompt=True).groups
+    assert as_lists(group) == expected
+
+
+def test_a_scored_prompt_keeps_the_start_of_the_path():
+    (group,) = tokenize_dataset([preference("abcdef", "gh")], LLAMA_LIKE, 6, score_prompt=True).groups
+    assert as_lists(group) == [[BOS], ids("abcde")]
+    assert (group.prompt_truncated, group.completions_truncated) == (False, (True,))
+
+
+def test_the_best_completion_alone():
+    preferences = [
+        preference("x", "a", "b", line=1, margin=2),
+        preference("x", "c", "d", "e", line=2, ranks=(0, 0, 1)),
+        preference("x", "f", line=3, label=True),
+        preference("x", "g", line=4, label=False),
+        preference("x", "h", line=5),
+        preference("x", "long one", "long one too", line=6),
+    ]
+    dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8, best_only=True)
+    assert [as_lists(group)[1:] for group in dataset.groups[:4]] == [[[*ids(text), EOS]] for text in "acfh"]
+    assert {(group.ranks, group.label, group.margin) for group in dataset.groups} == {(None, None, None)}
+    assert [group.origin.number for group in dataset.groups] == [1, 2, 3, 5, 6]
+    assert dataset.candidates == 1 and not dataset.labelled
+    assert dataset.dropped.first == [
+        (Origin("data.jsonl", 4), "the completion is a bad one, and only the best are asked for")
+    ]
+
+
+def test_margins_come_through():
+    preferences = [preference("x", "a", "b", margin=margin) for margin in (None, 0.1, -3.0)]
+    dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8)
+    assert [group.margin for group in dataset.groups] == [None, 0.1, -3.0]
+    assert dataset.has_margins and not tokenize_dataset(preferences[:1], SMOLLM_LIKE, 8).has_margins
+
+
+def test_a_call_of_the_tokenizer_is_bounded_in_records_and_in_text(monkeypatch):
+    monkeypatch.setattr(tokenize, "CHUNK", 3)
+    monkeypatch.setattr(tokenize, "CHUNK_CHARACTERS", 20)
+    items = [preference("p", "a" * size, "b", line=line) for line, size in enumerate([1, 1, 1, 1, 30, 1, 17, 1], 1)]
+    assert [[item.origin.number for item in chunk] for chunk in tokenize.chunks(items)] == [
+        [1, 2, 3],
+        [4, 5],
+        [6, 7],
+        [8],
+    ]
+
+
 @pytest.mark.parametrize("max_length", [1, 0, -5])
 def test_max_length_too_small(max_length):
     with pytest.raises(InputError, match=f"max_length={max_length} cannot hold .* allowed: at least 2"):
@@ -185,10 +281,10 @@ def test_dataset_counts_what_was_cut_and_names_what_was_dropped():
     ]
     dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8)
     assert [group.origin.number for group in dataset.groups] == [1, 4]
-    assert dataset.dropped == (
+    assert dataset.dropped.first == [
         (Origin("data.jsonl", 2), "two completions have the same first 4 tokens"),
         (Origin("data.jsonl", 5), "a completion has no tokens"),
-    )
+    ]
     assert (dataset.truncated_prompts, dataset.truncated_completions) == (1, 2)
     assert dataset.summary() == (
         f"2 groups, {3 + 2 + 2 + 4 + 4 + 4} tokens of which {2 + 2 + 4 + 4} are scored, "
@@ -219,8 +315,9 @@ def test_labels_come_through():
     assert [group.candidate_ranks for group in dataset.groups] == [(0,)] * 4
     assert dataset.labelled and not dataset.has_ranks
     assert dataset.candidates == 1
-    assert "4 groups, 17 tokens of which 13 are scored, 0 prompts lost their beginning, 1 completions" in (
-        dataset.summary()
+    assert (
+        "4 groups, 3 of them good, 17 tokens of which 13 are scored, 0 prompts lost their beginning, 1 completions"
+        in dataset.summary()
     )
 
 
@@ -228,7 +325,7 @@ def test_labels_come_through():
 def test_judged_and_compared_completions_do_not_mix(turn):
     preferences = [preference("x", "a", line=1, label=False), preference("x", "a", "b", line=2)][::turn]
     got, first = (item.label for item in preferences[::-1])
-    complaint = f"data.jsonl, line {preferences[1].origin.number}: label is {got}, but {first} in the first of these"
+    complaint = f"{preferences[1].origin}: label is {got}, but {first} in {preferences[0].origin};"
     with pytest.raises(InputError, match=complaint):
         tokenize_dataset(preferences, SMOLLM_LIKE, 8)
 

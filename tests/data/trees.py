@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxdpo.data.tokenize import TokenizedDataset, TokenizedGroup
+from jaxdpo.data.dataset import TokenizedDataset
+from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.types import UNRANKED, Batch, Origin
 
 
@@ -30,11 +31,13 @@ def group(
     seed: int = 0,
     ranks: tuple[int, ...] | None = None,
     label: bool | None = None,
+    margin: float | None = None,
 ) -> TokenizedGroup:
     """A group of the given sizes with random ids."""
     rng = np.random.default_rng([seed, row])
     prompt_ids, *ids = (rng.integers(2, 1000, size).astype(np.int32) for size in (prompt, *completions))
-    return TokenizedGroup(prompt_ids, tuple(ids), False, (False,) * len(ids), Origin("trees.jsonl", row), ranks, label)
+    uncut = (False,) * len(ids)
+    return TokenizedGroup(prompt_ids, tuple(ids), False, uncut, Origin("trees.jsonl", row), ranks, label, margin)
 
 
 def dataset(sizes: list[tuple[int, ...]]) -> TokenizedDataset:

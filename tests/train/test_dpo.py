@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 
 from jaxdpo import cli
 from jaxdpo.config import DPOConfig
-from jaxdpo.data.pipeline import StepPlan
-from jaxdpo.data.sources import load_preferences
-from jaxdpo.data.tokenize import tokenize_dataset
+from jaxdpo.data.load import load_dataset
+from jaxdpo.data.plan import StepPlan
 from jaxdpo.hf import load_tokenizer
 from jaxdpo.train.dpo import run_dpo
 from jaxdpo.train.run_dir import read_yaml
@@ -71,7 +70,7 @@ def change(root, inputs):
 
 @pytest.fixture(scope="module")
 def dataset(inputs):
-    return tokenize_dataset(load_preferences(inputs.data).preferences, load_tokenizer(inputs.model), 64)
+    return load_dataset(str(inputs.data), load_tokenizer(inputs.model), 64).dataset
 
 
 # What a run leaves.
@@ -101,7 +100,7 @@ def test_metrics_say_what_happened(full, dataset):
     assert before["eval_loss"] == rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert before["eval_rewards/accuracies"] == rows[0]["rewards/accuracies"] == 0.5  # all tie
     assert rows[-1]["loss"] < 0.5 and rows[-1]["rewards/accuracies"] > 0.9 and rows[-1]["eval_loss"] < 0.6
-    plan = StepPlan(len(dataset), 5, seed=0)
+    plan = StepPlan(dataset.sizes, 5, seed=0)
     for row in rows:
         assert row["tokens"] == dataset.tokens[plan.groups_of_step(row["step"] - 1)].sum()
         assert row["learning_rate"] == pytest.approx(1e-3 * min(1, row["step"] / 4), rel=1e-6)

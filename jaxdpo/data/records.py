@@ -1,0 +1,57 @@
+"""What a source of records is: something with a name that can be read from its start as often as need be."""
+
+import abc
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+Record = dict[str, Any]
+Numbered = Iterator[tuple[int, Record]]
+"""Records, each with the number of its line or row."""
+
+ALLOWED = "allowed: JSON lines, a JSON array, CSV or Parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(abc.ABC):
+    """Records from one file or data set, read in constant memory.
+
+    Attributes:
+      name: as the user wrote it; begins every message.
+      files: where the records lie on the disk.
+      split: which part of `files` it is; empty: all of them.
+      unit: what records are counted in: lines from 1, or rows from 0.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    split: str = ""
+    unit: ClassVar[Literal["line", "row"]] = "row"
+
+    @abc.abstractmethod
+    def records(self) -> Numbered:
+        """The records from the first on, each with the line or row that `Origin.number` states.
+
+        Raises:
+          InputError: where the data cannot be read on, with the source's name and the place.
+        """
+
+    def num_records(self) -> int | None:
+        """How many there are, if that is known without reading them."""
+        return None
+
+    def digest(self) -> str:
+        """BLAKE2b of what it holds, 256 bits in hexadecimal: of a file's bytes, or of names and digests of several."""
+        digests = [file_digest(file) for file in self.files]
+        if len(digests) == 1 and not self.split:
+            return digests[0]
+        parts = [self.split, *(f"{file.name} {digest}" for file, digest in zip(self.files, digests, strict=True))]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=32).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of the file's bytes, 256 bits in hexadecimal (`b2sum -l 256` prints the same)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
