@@ -50,6 +50,9 @@ def open_content(name: str, path: Path, place: Callable[[], str] = lambda: "at i
     try:
         with open(path, "rb") as file:
             start = file.read(4)
+    except OSError as error:
+        raise InputError(f"data file {name} cannot be read ({error.strerror}); {ALLOWED}; check the path") from None
+    try:
         opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
         with opener(path, "rb") as file:
             yield cast(IO[bytes], file)

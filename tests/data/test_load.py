@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from jaxdpo.data import cache, load, tokenize
+from jaxdpo.data import cache, load, reading, tokenize
 from jaxdpo.data.load import load_dataset
 from jaxdpo.types import InputError, Origin, RunStopped
 from tests import tiny
