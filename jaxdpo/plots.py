@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 
 from jaxdpo.data.summaries import EDGES
 
-POLICY, OTHER, HELD_OUT = "#1f5fa8", "#c2542d", "#2b8a3e"
-"""Colours: the quantity or its preferred side, the other side, held-out points."""
+POLICY, OTHER, HELD_OUT, NEUTRAL = "#1f5fa8", "#c2542d", "#2b8a3e", "#333333"
+"""Colours: the quantity or its preferred side, the other side, held-out points, what is on neither side."""
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -26,33 +26,43 @@ _STYLE: dict[str, Any] = {
 Row = dict[str, float]
 
 
+def _on_both(name: str) -> tuple[tuple[str, str, str], ...]:
+    return ((name, POLICY, "train"), (f"eval_{name}", HELD_OUT, "held out"))
+
+
+PANELS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "loss (nats)": _on_both("loss"),
+    "rewards/margins (nats)": _on_both("rewards/margins"),
+    "rewards/accuracies": _on_both("rewards/accuracies"),
+    "rewards (nats)": (("rewards/chosen", POLICY, "chosen"), ("rewards/rejected", OTHER, "rejected")),
+    "logps (nats)": (("logps/chosen", POLICY, "chosen"), ("logps/rejected", OTHER, "rejected")),
+    "margin": _on_both("margin"),
+    "accuracy": _on_both("accuracy"),
+    "reward": (("max_reward", POLICY, "largest"), ("mean_reward", NEUTRAL, "mean"), ("min_reward", OTHER, "least")),
+    "mean_token_accuracy": _on_both("mean_token_accuracy"),
+    "entropy (nats)": _on_both("entropy"),
+    "learning rate": (("learning_rate", POLICY, "learning rate"),),
+}
+"""Panel -> metric, colour and label of its lines. A run has the panels whose metrics it logs."""
+_SHARES = ("rewards/accuracies", "accuracy", "mean_token_accuracy")
+
+
 def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Draws a run's metrics: loss, margins, accuracy, rewards, chosen and rejected log-probs, learning rate.
+    """Draws a run's metrics, those of `PANELS` that it has.
 
     Args:
       rows: of `metrics.jsonl`, as `jaxdpo.train.writer.read_metrics` gives them.
       path: the PNG to write.
       title: above the panels.
     """
-    panels = (
-        ("loss (nats)", (("loss", POLICY, "train"), ("eval_loss", HELD_OUT, "held out"))),
-        (
-            "rewards/margins (nats)",
-            (("rewards/margins", POLICY, "train"), ("eval_rewards/margins", HELD_OUT, "held out")),
-        ),
-        (
-            "rewards/accuracies",
-            (("rewards/accuracies", POLICY, "train"), ("eval_rewards/accuracies", HELD_OUT, "held out")),
-        ),
-        ("rewards (nats)", (("rewards/chosen", POLICY, "chosen"), ("rewards/rejected", OTHER, "rejected"))),
-        ("logps (nats)", (("logps/chosen", POLICY, "chosen"), ("logps/rejected", OTHER, "rejected"))),
-        ("learning rate", (("learning_rate", POLICY, "learning rate"),)),
-    )
+    logged = set().union(*rows)
+    panels = [(name, lines) for name, lines in PANELS.items() if any(key in logged for key, _, _ in lines)]
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(11, 6), layout="constrained")
+        figure = Figure(figsize=(11, 3 * -(-len(panels) // 3)), layout="constrained")
         figure.suptitle(title, parse_math=False)  # a file name may hold a $
-        for axes, (name, series) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-            for key, color, label in series:
+        grid = figure.subplots(-(-len(panels) // 3), 3, squeeze=False).flat
+        for (name, lines), axes in zip(panels, grid, strict=False):
+            for key, color, label in lines:
                 points = [(row["step"], row[key]) for row in rows if key in row]
                 if points:
                     marker = "o" if len(points) < 12 or key.startswith("eval_") else None
@@ -61,11 +71,13 @@ def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
             axes.set_xlabel("step")
             if len(axes.lines) > 1:
                 axes.legend()
-            if name == "rewards/accuracies":
+            if name in _SHARES:
                 axes.set_ylim(-0.03, 1.03)
             if name == "learning rate":
                 axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
                 axes.set_ylim(bottom=0)
+        for axes in grid:  # those that are left
+            axes.set_visible(False)
         figure.savefig(path, dpi=130)
 
 

@@ -246,7 +246,7 @@ GOOD = json.dumps({"prompt": "Is 1 fine?", "chosen": " yes", "rejected": " no"})
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (None, "data file DIR/d.jsonl cannot be read (No such file or directory); allowed: JSON lines, a JSON array, CSV or Parquet"),
+        (None, "data file DIR/d.jsonl cannot be read (No such file or directory); allowed: JSON lines, "),
         ([], "DIR/d.jsonl holds no record; allowed: JSON lines, a JSON array, CSV or Parquet"),
         ([GOOD, GOOD, '{"prompt": '], "DIR/d.jsonl, line 3: bad JSON ("),
         ([GOOD, '{"prompt": "p", "chosen": " a"}'], "DIR/d.jsonl, line 2: field 'rejected' is missing; got the fields"),

@@ -45,7 +45,8 @@ class Checkpoints:
         Args:
           directory: where the run keeps them.
           meta: goes with each save.
-          keep_best: a metric; the checkpoint where it is highest, of equals the first, is kept besides the latest.
+          keep_best: a metric; the checkpoint where it is highest is kept besides the latest; of equals the one with the
+            lowest `eval_loss`, of these the first.
         Raises:
           RunStopped: if the disk is full or read-only.
         """
@@ -152,7 +153,8 @@ class Checkpoints:
                 "fix: name one of these"
             )
         value = float(metrics[self._keep_best])
-        return {"value": -math.inf if math.isnan(value) else value, "step": step}
+        loss = float(metrics.get("eval_loss", 0.0))
+        return {"value": -math.inf if math.isnan(value) else value, "loss": loss, "step": step}
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -189,9 +191,9 @@ def tree_digests(tree: Any) -> dict[str, int]:
     return {_name(path, leaf): _crc32(leaf) for path, leaf in leaves}
 
 
-def _rank(score: Mapping[str, float]) -> tuple[float, float]:
-    """By value; of equal ones the earlier step is the better."""
-    return score["value"], -score["step"]
+def _rank(score: Mapping[str, float]) -> tuple[float, float, float]:
+    """By value; of equal ones the lower loss is the better, then the earlier step."""
+    return score["value"], -score["loss"], -score["step"]
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

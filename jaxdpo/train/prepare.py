@@ -67,6 +67,8 @@ class Recipe(NamedTuple):
     """Keywords of `load_dataset` that say what of the data is trained on."""
     adapt: Callable[[Any, TokenizedDataset], TokenizedDataset] = lambda config, dataset: dataset
     """What is trained on, of the configuration and the data as they were read."""
+    start: Callable[["Prepared"], dict] = lambda ready: ready.params
+    """The parameters that training starts from, of those that were loaded."""
     keep_best: str | None = None
     """The metric of held-out data by which the exported checkpoint is chosen; None: the last one."""
 

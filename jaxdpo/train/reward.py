@@ -12,7 +12,7 @@ from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.pipeline import first_epoch
 from jaxdpo.hf import load_reward_model
 from jaxdpo.losses import REWARD_LOSSES, LossSpec
-from jaxdpo.rewards import center_rewards
+from jaxdpo.rewards import Centering, center_rewards
 from jaxdpo.train.export import write_export
 from jaxdpo.train.objective import reward_task
 from jaxdpo.train.prepare import Prepared, Recipe
@@ -23,6 +23,8 @@ from jaxdpo.types import InputError
 CENTERED_GROUPS = 8192
 """Training groups whose rewards are given the mean 0, of those that a run has seen: enough for a standard error of 1 %
 of the rewards' deviation."""
+UNEVEN = 0.1
+"""Deviation of the shift over that of the rewards from which the shift may change what a model has learnt."""
 
 
 def run_reward(config: RewardConfig, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -65,16 +67,28 @@ def _load(config: RewardConfig, source: Path, **placement: Any) -> tuple[Any, di
     return load_reward_model(source, seed=config.seed, **placement)
 
 
-def _export(run: RunDir, ready: Prepared, params: dict) -> None:
-    dataset, batch_size = ready.data[0].dataset, ready.config.batch_size
-    steps = min(ready.schedule.total, math.ceil(CENTERED_GROUPS / batch_size))
-    total = min(len(dataset), steps * batch_size)
+def _start(ready: Prepared) -> dict:
+    """Rewards begin around 0, so that little is left to be moved when they are trained."""
+    return _centered(ready, ready.params, steps=1)[0]
+
+
+def _centered(ready: Prepared, params: dict, steps: int) -> tuple[dict, Centering]:
+    """Parameters with mean reward 0 over the completions of the first steps."""
+    dataset = ready.data[0].dataset
+    total = min(len(dataset), steps * ready.config.batch_size)
     batches = first_epoch(dataset, ready.order, ready.layout, steps)
-    params, found = center_rewards(ready.model, params, batches, ready.mesh, label="mean reward", total=total)
+    return center_rewards(ready.model, params, batches, ready.mesh, label="mean reward", total=total)
+
+
+def _export(run: RunDir, ready: Prepared, params: dict) -> None:
+    steps = min(ready.schedule.total, math.ceil(CENTERED_GROUPS / ready.config.batch_size))
+    params, found = _centered(ready, params, steps)
     print(
-        f"rewards    mean {found.mean_before:+.4f} -> 0, deviation {found.reward_std:.4f}, over the completions of "
-        f"{total:,} training groups; all moved alike to within {found.shift_std:.1e}"
+        f"rewards    mean {found.mean_before:+.4f} -> 0, deviation {found.reward_std:.4f}; all moved alike to within "
+        f"{found.shift_std:.1e}"
     )
+    if found.shift_std > UNEVEN * found.reward_std:
+        print("           that is uneven enough to change the order of near completions: train on more data, or longer")
     write_export(run.export, ready.model, params, run, overwrite=True)
 
 
@@ -85,5 +99,6 @@ REWARD = Recipe(
     load=_load,
     task=reward_task,
     export=_export,
+    start=_start,
     keep_best="eval_accuracy",
 )

@@ -74,7 +74,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         write_config(run, config)
         keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
-        state = init_state(ready.params, optimizer, mesh, loss=loss, moving_reference=_moving(config))
+        state = init_state(recipe.start(ready), optimizer, mesh, loss=loss, moving_reference=_moving(config))
         before = held_out = None
         if len(data) > 1:
             before, held_out = held_out_evaluation(task, scalars, data[1].dataset, layout, state)

@@ -114,10 +114,10 @@ def test_foreign_files_are_named(write, content, what):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("gone.jsonl", r"^data file gone\.jsonl cannot be read, at its start \(No such file or directory\); allowed: "),
+        ("gone.jsonl", r"^data file gone\.jsonl cannot be read \(No such file or directory\); allowed: "),
         ("a\0b", r"^data file 'a\\x00b' cannot be read, it has a NUL character"),
-        ("a" * 300, r"cannot be read, at its start \(File name too long\)"),
-        ("loop", r"^data file loop cannot be read, at its start \(Too many levels of symbolic links\)"),
+        ("a" * 300, r"cannot be read \(File name too long\)"),
+        ("loop", r"^data file loop cannot be read \(Too many levels of symbolic links\)"),
         ("pipe", r"^data file pipe cannot be read, it is no regular file; allowed: "),
         (
             "full",
@@ -147,7 +147,7 @@ def test_names_of_nothing(tmp_path, monkeypatch, name, complaint):
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that can be opened and not read")
 def test_a_disk_that_does_not_give_the_bytes():
     with pytest.raises(
-        InputError, match=r"^data file /proc/self/mem cannot be read, at its start \(Input/output error"
+        InputError, match=r"^data file /proc/self/mem cannot be read \(Input/output error"
     ):
         open_sources("/proc/self/mem")
 

@@ -142,6 +142,15 @@ def test_the_best_is_kept_besides_the_latest(tmp_path, reopened):
     assert_same(best, make_state(8).params)
 
 
+def test_of_equals_the_one_with_the_lower_loss_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", META, keep_best="eval_accuracy")
+    for step, loss in ((1, 0.5), (2, 0.3), (3, 0.3), (4, 0.4)):
+        checkpoints.save(make_state(step), {"eval_loss": loss, "eval_accuracy": 1.0})
+    checkpoints.wait()
+    assert checkpoints.best_step == 2
+    checkpoints.close()
+
+
 def test_without_a_metric_to_keep_by_there_is_no_best(opened):
     checkpoints = opened()
     for step in (1, 2, 3):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdpo.config import DPOConfig
 from jaxdpo.losses import LOSSES
-from jaxdpo.train.choose import check_objective, choose_loss, needs_partners, scalars_of
+from jaxdpo.train.choose import check_objective, choose_loss, scalars_of, with_needed_partners
 from jaxdpo.types import UNRANKED, InputError
 from tests import tiny
 
@@ -122,9 +122,9 @@ def test_a_reference_that_is_not_needed_is_not_evaluated():
 
 
 def test_only_kto_takes_partners():
-    assert needs_partners(config(loss="kto"), SINGLE)
-    assert not needs_partners(config(loss="bco"), SINGLE)
-    assert not needs_partners(config(), PAIRS)
+    assert with_needed_partners(config(loss="kto"), SINGLE).candidates == 2
+    assert with_needed_partners(config(loss="bco"), SINGLE) is SINGLE
+    assert with_needed_partners(config(), PAIRS) is PAIRS
 
 
 def test_weights_are_passed_on():

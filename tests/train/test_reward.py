@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxdpo import cli
 from jaxdpo.hf import load_config, load_tokenizer, save_hf
@@ -20,29 +21,44 @@ def command(inputs, root, data, flags=""):
     return ["reward", *needed, *flags.split()]
 
 
-RULE = "--batch-size 8 --epochs 3 --learning-rate 1e-2 --warmup-steps 2"
+RULE = "--batch-size 16 --learning-rate 1e-2 --warmup-steps 2 --save-every 6"
+
+
+def write_rule(path, numbers):
+    """Pairs whose better completion is yes or no by the prompt, of whatever length: no one answer is always right."""
+
+    def record(n):
+        good = n * 7919 % 13 % 2
+        better, worse = (" yes", " no")[:: 1 if good else -1]
+        prompt = f"{n}: {'good' if good else 'bad'}?"
+        return {"prompt": prompt, "chosen": better * (1 + n % 2), "rejected": worse * (1 + n % 3)}
+
+    return tiny.write_records(path, map(record, numbers))
 
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):
-    """On pairs whose better completion says yes, of whatever length."""
+    """The directory of a run on a rule, and of its data."""
     folder = tmp_path_factory.mktemp("reward")
-    data = tiny.write_pairs(folder / "pairs.jsonl", range(64))
-    held_out = tiny.write_pairs(folder / "held_out.jsonl", range(100, 140))
-    assert cli.main(command(inputs, folder / "run", data, f"{RULE} --save-every 4 --eval-data {held_out}")) == 0
+    data, held_out = (
+        write_rule(folder / "pairs.jsonl", range(96)),
+        write_rule(folder / "held_out.jsonl", range(200, 240)),
+    )
+    assert cli.main(command(inputs, folder / "run", data, f"{RULE} --epochs 8 --eval-data {held_out}")) == 0
     return folder
 
 
 def test_a_rule_is_learnt(trained):
-    _, *steps = rows(trained / "run" / "metrics.jsonl")
+    before, *steps = rows(trained / "run" / "metrics.jsonl")
+    assert before["eval_accuracy"] < 0.6 and before["eval_loss"] == pytest.approx(np.log(2), abs=0.1)
     assert steps[-1]["eval_accuracy"] >= 0.95 and steps[-1]["eval_loss"] < 0.1
     assert {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"} <= set(steps[0])
     for row in steps:
         assert row["min_reward"] <= row["mean_reward"] <= row["max_reward"]
-    evaluated = {row["step"]: row["eval_accuracy"] for row in steps if "eval_accuracy" in row}
-    best = max(evaluated, key=lambda step: (evaluated[step], -step))
+    evaluated = {row["step"]: (row["eval_accuracy"], -row["eval_loss"]) for row in steps if "eval_loss" in row}
+    best = max(evaluated, key=lambda step: evaluated[step])
     kept = sorted(int(path.name) for path in (trained / "run" / "checkpoints").iterdir())
-    assert kept == sorted({best, 20, 24})
+    assert kept == sorted({best, 42, 48})
 
 
 def test_the_exported_rewards_have_mean_0_and_order_the_held_out_pairs(trained, tmp_path):
@@ -60,6 +76,30 @@ def test_the_exported_rewards_have_mean_0_and_order_the_held_out_pairs(trained, 
         (record["prompt"], record["chosen"], record["rejected"]) for record in records
     ]
     assert load_config(model, head="score").head == "score"
+
+
+def test_the_best_checkpoint_is_exported_and_not_the_last(inputs, tmp_path, capsys):
+    """On held-out pairs that are the wrong way round, training makes it worse."""
+    data = write_rule(tmp_path / "pairs.jsonl", range(96))
+    swapped = ({**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(data)[:24])
+    held_out = tiny.write_records(tmp_path / "held_out.jsonl", swapped)
+    root = tmp_path / "run"
+    assert cli.main(command(inputs, root, data, f"{RULE} --eval-data {held_out} --epochs 6")) == 0
+    evaluated = {
+        row["step"]: (row["eval_accuracy"], -row["eval_loss"])
+        for row in rows(root / "metrics.jsonl")[1:]
+        if "eval_loss" in row
+    }
+    best = max(evaluated, key=lambda step: evaluated[step])
+    assert best < 36 and f"best       step {best}: highest eval_accuracy" in capsys.readouterr().out
+    weights = {}
+    for step in (best, 36):
+        flags = ["--checkpoint", str(root / "checkpoints" / str(step)), "--output-dir", str(tmp_path / f"{step}")]
+        assert cli.main(["export", *flags]) == 0
+        weights[step] = load_file(tmp_path / f"{step}" / "model.safetensors")["model.norm.weight"]
+    exported = load_file(root / "export" / "model.safetensors")["model.norm.weight"]
+    np.testing.assert_array_equal(exported, weights[best])
+    assert not np.array_equal(exported, weights[36])
 
 
 def test_scores_are_a_ranking_that_can_be_trained_on(trained, inputs, tmp_path):
@@ -137,6 +177,6 @@ def test_a_reward_model_is_no_policy(trained, inputs, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_a_reward_model_is_exported_as_one(trained, tmp_path):
-    checkpoint = str(trained / "run" / "checkpoints" / "24")
+    checkpoint = str(trained / "run" / "checkpoints" / "48")
     assert cli.main(["export", "--checkpoint", checkpoint, "--output-dir", str(tmp_path / "export")]) == 0
     assert load_config(tmp_path / "export", head="score").head == "score"
