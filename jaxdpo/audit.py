@@ -134,9 +134,18 @@ def _print(result: dict[str, Any]) -> None:
 
 def _check_outputs(config: AuditConfig) -> None:
     """InputError now, rather than when everything has been read."""
+    taken = {file.resolve() for data in (config.data, config.eval_data or config.data) for file in _files(data)}
     for flag, name in (("--json", config.json), ("--plot", config.plot)):
         if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
             raise InputError(f"{flag} {name} is no file in a directory; allowed: a file to write; make its directory")
+        if name is not None and Path(name).resolve() in taken:
+            raise InputError(f"{flag} {name} is read or written already; allowed: a file of its own; name another")
+        taken |= {Path(name).resolve()} if name is not None else set()
+
+
+def _files(data: str) -> Iterator[Path]:
+    for source in open_sources(data):
+        yield from source.files
 
 
 def _write(config: AuditConfig, results: dict[str, dict[str, Any]]) -> None:

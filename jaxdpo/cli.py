@@ -25,7 +25,7 @@ from jaxdpo.config import (
     ScoreConfig,
     SFTConfig,
 )
-from jaxdpo.options import from_mapping
+from jaxdpo.options import check_words, from_mapping
 from jaxdpo.train.interrupt import Terminated, terminable
 from jaxdpo.types import InputError, RunInterrupted, RunStopped
 
@@ -144,7 +144,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """
     verb = argv[0] if argv and argv[0] in VERBS else None
     from_file: dict[str, Any] = {}
+    if verb is None and argv and not argv[0].startswith("-"):
+        raise InputError(
+            f"unknown command {argv[0]!r}; allowed: jaxdpo {', '.join(VERBS)}; jaxdpo --help says what for"
+        )
     path = _config_path(argv)
+    if verb is not None and not {"-h", "--help"} & set(argv):
+        check_words(VERBS[verb][0], argv[1:], f"jaxdpo {verb}", others=["--config"] if verb in CONFIG_VERBS else [])
     if path is not None and verb in CONFIG_VERBS:
         from jaxdpo.train.run_dir import read_yaml
 

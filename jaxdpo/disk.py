@@ -12,6 +12,8 @@ from jaxdpo.types import RunStopped
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR})
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""First bytes of what Git leaves in place of a large file that it did not fetch."""
 _STATED = re.compile(r"\bos[ _]error(?:_code)?[ :=']*(\d+)", re.IGNORECASE)
 """How libraries of C++ and Rust state an errno: Orbax "[os_error_code='28']", safetensors "(os error 28)"."""
 

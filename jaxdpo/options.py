@@ -5,7 +5,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxdpo.types import InputError
@@ -61,20 +61,83 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], source: str) -> dict[str
         if hints.get(name.removeprefix("no_")) is bool and name.startswith("no_"):
             name, value = name.removeprefix("no_"), not _typed(value, bool, f"{source}: {key}")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-            raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? Allowed: {', '.join(names)}")
+            raise InputError(
+                f"{source}: unknown key {key!r}; did you mean {nearest(name, names)!r}? Allowed: {', '.join(names)}"
+            )
         if name in values:
             raise InputError(f"{source}: key {key!r} is given twice; keep one")
         values[name] = _typed(value, hints[name], f"{source}: {key}")
     return values
 
 
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The one of some names that was probably meant: by its initials, or else by its letters.
+
+    Example:
+      >>> nearest("lr", ["loss", "learning_rate"]), nearest("Bta", ["beta", "data"])
+      ('learning_rate', 'beta')
+    """
+    initials = {"".join(part[0] for part in other.split("_")): other for other in names if "_" in other}
+    return initials.get(name) or difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
+
+
+def check_words(cls: type, words: Sequence[str], command: str, *, others: Sequence[str] = ()) -> None:
+    """Checks what follows a command before it is parsed; what is missing is left to the parser.
+
+    Args:
+      cls: the command's configuration class.
+      words: flags and their values.
+      command: what to call it in messages.
+      others: flags that take a value and are no fields of `cls`.
+    Raises:
+      InputError: for a flag that the command lacks or that is given twice, a value of another type, or a stray word.
+    """
+    hints = {"--" + name.replace("_", "-"): hint for name, hint in typing.get_type_hints(cls).items()}
+    hints |= dict.fromkeys(others, str)
+    given: set[str] = set()
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        option = name.replace("--no-", "--") if hints.get(name.replace("--no-", "--")) is bool else name
+        if not word.startswith("--"):
+            raise InputError(
+                f"{word!r} belongs to no option of {command}; allowed: --option value; quote it, or drop it"
+            )
+        if option not in hints:
+            names = [flag[2:].replace("-", "_") for flag in hints]
+            near = flag(nearest(name[2:].replace("-", "_"), names))
+            raise InputError(f"{command} has no option {name}; did you mean {near}? {command} --help lists all")
+        if option in given:
+            raise InputError(f"{option} is given twice; allowed: once; keep one")
+        given.add(option)
+        if hints[option] is not bool:
+            _check_spelled(option, value if equals else next(rest, None), hints[option])
+
+
+def _check_spelled(option: str, text: str | None, hint: Any) -> None:
+    """InputError for a value of a flag that does not spell what is hinted; None stands for a missing value."""
+    kind = next((arm for arm in typing.get_args(hint) if arm is not types.NoneType), hint) if _optional(hint) else hint
+    if text is None or (_optional(hint) and text == "None"):
+        return
+    if typing.get_origin(kind) is Literal:
+        _typed(text, kind, option)
+    elif kind in (int, float):
+        try:
+            kind(text)
+        except ValueError:
+            raise InputError(f"{option} is {text!r}; allowed: {_TYPE_NAMES[kind]}") from None
+
+
+def _optional(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """The value if it has the hinted type; a whole number where a float is meant becomes one."""
-    optional = types.NoneType in typing.get_args(hint)
-    if optional and value is None:
+    if _optional(hint) and value is None:
         return None
-    if optional:
+    if _optional(hint):
         hint = typing.get_args(hint)[0]  # T | None
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):

@@ -1,13 +1,12 @@
 """`jaxdpo dpo`."""
 
 import dataclasses
-import difflib
 import math
 import typing
 
 from jaxdpo.config.names import Divergence, Loss
 from jaxdpo.config.run import RunConfig, numbers, split
-from jaxdpo.options import option
+from jaxdpo.options import nearest, option
 from jaxdpo.types import InputError
 
 
@@ -78,8 +77,9 @@ def _check_losses(config: DPOConfig) -> None:
     names = typing.get_args(Loss)
     for name in config.losses:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise InputError(f"--loss {name!r} is unknown; did you mean {near!r}? Allowed: {', '.join(names)}")
+            raise InputError(
+                f"--loss {name!r} is unknown; did you mean {nearest(name, names)!r}? Allowed: {', '.join(names)}"
+            )
     if len(set(config.losses)) < len(config.losses):
         raise InputError(f"--loss {config.loss} names an objective twice; name it once and weigh it by --loss-weights")
     weights = config.weights

@@ -122,6 +122,11 @@ def _check_begins(whole: str, prompt: str, name: str) -> None:
     """Refuses a text that does not go on from the prompt's."""
     if whole.startswith(prompt) and len(whole) > len(prompt):
         return
+    if whole == prompt:
+        raise InputError(
+            f"{name}: the chat template writes nothing of it; allowed: one that writes what the assistant says; use "
+            "the model's own chat_template.jinja, or write prompt and completions as text"
+        )
     part = shared(whole, prompt)
     there, alone = (text[max(0, part - SHOWN) : part + SHOWN] for text in (whole, prompt))
     raise InputError(

@@ -129,6 +129,11 @@ class TokenizedDataset:
         return bool(np.isfinite(self.arrays.margin).any())
 
     @functools.cached_property
+    def singles(self) -> np.ndarray:
+        """int `[...]`: the groups of one completion, which compare nothing."""
+        return np.flatnonzero(self.arrays.completions == 1)
+
+    @functools.cached_property
     def candidates(self) -> int:
         """Completions of the group that has most."""
         return int(self.arrays.completions.max(initial=0))

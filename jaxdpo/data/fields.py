@@ -11,6 +11,8 @@ from typing import Any
 from jaxdpo.types import InputError
 
 Record = Mapping[str, Any]
+LARGEST = 3.4028234663852886e38
+"""What float32 holds."""
 
 _KINDS: dict[type, str] = {
     dict: "an object",
@@ -77,13 +79,13 @@ def optional_number(record: Record, field: str) -> float | None:
         raise InputError(
             f"field {field!r} is {shown(value)}; allowed: a finite number, or null: not stated; correct the line"
         )
-    try:
-        return float(value)
-    except OverflowError:  # JSON can spell whole numbers that no float holds
+    if abs(value) > LARGEST:
+        got = f"a whole number of {len(str(abs(value)))} digits" if isinstance(value, int) else str(value)
         raise InputError(
-            f"field {field!r} is a whole number of {len(str(abs(value)))} digits; allowed: a number that a float "
-            "holds; correct the line"
-        ) from None
+            f"field {field!r} is {got}; allowed: a number from -{LARGEST:.2g} to {LARGEST:.2g}, as float32 holds it; "
+            "correct the line"
+        )
+    return float(value)
 
 
 def ranks(record: Record, field: str, count: int) -> list[int | None]:

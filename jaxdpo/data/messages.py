@@ -84,7 +84,7 @@ def _single(record: Record) -> Content:
 def _imitated(record: Record) -> Content:
     conversation = _conversation(record, "messages")
     if conversation[-1]["role"] != "assistant":
-        raise Unusable("the last message is not the assistant's")
+        raise Unusable(f"the last message is of role {conversation[-1]['role']!r:.40}, not 'assistant'")
     if len(conversation) == 1:
         raise Unusable("nothing is said before the assistant's message")
     return Content(conversation[:-1], (_completion("messages", conversation[-1:]),))

@@ -24,6 +24,8 @@ from jaxdpo.types import InputError
 
 SAMPLED_STEPS = 8
 SAMPLED_GROUPS = 4096
+MAX_WEIGHT = 1000
+"""The order of an epoch is computed in int64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +99,17 @@ class StepPlan:
 
 
 def check_weights(weights: tuple[float, ...] | None, sources: int) -> None:
-    """InputError unless there is a positive weight for each source, or none at all."""
+    """InputError unless there is a weight in (0, MAX_WEIGHT] for each source, or none at all."""
     if weights is None:
         return
     if len(weights) != sources:
-        raise InputError(f"{len(weights)} weights for {sources} sources; allowed: one for each; add or drop some")
+        raise InputError(f"{len(weights)} data weights for {sources} sources; allowed: one for each; add or drop some")
     for weight in weights:
-        if not 0 < weight < math.inf:
-            raise InputError(f"weight {weight}; allowed: a number above 0; leave out the source that is not wanted")
+        if not 0 < weight <= MAX_WEIGHT:
+            raise InputError(
+                f"data weight {weight}; allowed: a number above 0, at most {MAX_WEIGHT}; leave out the source that is "
+                "not wanted"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

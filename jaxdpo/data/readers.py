@@ -16,7 +16,8 @@ from typing import IO, Any, cast
 
 from backports import zstd  # python-zstandard and PyArrow take a file that was cut short for a whole one
 
-from jaxdpo.data.records import ALLOWED, Numbered, Record
+from jaxdpo.data.fields import shown
+from jaxdpo.data.records import ALLOWED, Numbered, Record, how_to_name
 from jaxdpo.types import InputError
 
 CHUNK = 1 << 20
@@ -51,7 +52,9 @@ def open_content(name: str, path: Path, place: Callable[[], str] = lambda: "at i
         with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise InputError(f"data file {name} cannot be read ({error.strerror}); {ALLOWED}; check the path") from None
+        raise InputError(
+            f"data file {name} cannot be read ({error.strerror}); {ALLOWED}; {how_to_name(name)}"
+        ) from None
     try:
         opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
         with opener(path, "rb") as file:
@@ -136,7 +139,7 @@ def no_record(name: str) -> InputError:
 def _object(line: str, where: str) -> Record:
     """The JSON object that a line holds; `where` is file and line, for the message."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where}: bad JSON ({error}); got {line[:60].strip()!r}; allowed: one JSON object per line, one array "
@@ -147,10 +150,20 @@ def _object(line: str, where: str) -> Record:
 
 def _checked_object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise InputError(
-            f"{where}: got a JSON {type(value).__name__}; allowed: a JSON object {{...}} for each record; correct it"
-        )
+        raise InputError(f"{where}: got {shown(value)}; allowed: a JSON object {{...}} for each record; correct it")
     return value
+
+
+def _each_key_once(entries: list[tuple[str, Any]]) -> Record:
+    """The object of these entries; of a key that stands twice the standard library silently keeps the last value."""
+    made = dict(entries)
+    if len(made) < len(entries):
+        keys = [key for key, _ in entries]
+        raise ValueError(f"key {next(key for key in made if keys.count(key) > 1)!r:.60} stands twice in one object")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
 
 
 class _Window:
@@ -180,7 +193,7 @@ class _Window:
         self.peek()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
                 break
             except (ValueError, RecursionError) as error:
                 if self._may_be_cut(error) and self._more():

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,24 @@ Numbered = Iterator[tuple[int, Record]]
 """Records, each with the number of its line or row."""
 
 ALLOWED = "allowed: JSON lines, a JSON array, CSV or Parquet"
+
+_HOW_TO_NAME = {
+    r"\w+://.*": "download it, then name the file",
+    r".*[*?].*": "name the files themselves, with commas between them",
+    r"[\w-]+/[\w.-]+(:\w+)?": "check the path; a data set of the hub is hf:{name}",
+}
+"""What is no path -> what to do instead."""
+
+
+def how_to_name(name: str) -> str:
+    """What to do about a name at which there is no file.
+
+    Example:
+      >>> how_to_name("trl-lib/tldr")
+      'check the path; a data set of the hub is hf:trl-lib/tldr'
+    """
+    fits = (fix for pattern, fix in _HOW_TO_NAME.items() if re.fullmatch(pattern, name))
+    return next(fits, "check the path").format(name=name)
 
 
 @dataclasses.dataclass(frozen=True)

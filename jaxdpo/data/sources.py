@@ -17,6 +17,7 @@ from jaxdpo.data.records import ALLOWED, Numbered, Source
 from jaxdpo.data.spreadsheets import csv_rows
 from jaxdpo.data.tables import ParquetFile, open_hub, open_saved
 from jaxdpo.data.tfds import open_tfds
+from jaxdpo.disk import LFS_POINTER
 from jaxdpo.types import InputError
 
 SCHEMES: dict[str, Callable[[str, str, str], Source]] = {"hf:": open_hub, "tfds:": open_tfds}
@@ -37,10 +38,20 @@ _FOREIGN = {
     b"\xff\xff\xff\xff": "an Arrow stream; name the directory that save_to_disk wrote",
     b"\x89HDF": "an HDF5 file; write Parquet",
     b"SQLite format 3\0": "an SQLite data base; export a table as CSV",
+    b"\xd0\xcf\x11\xe0": "an old workbook; export the sheet as CSV",
+    b"ustar": "a tar archive; unpack it",
+    b"\x93NUMPY": "a NumPy array; write JSON lines",
+    **{b"\x80" + bytes([i]): "a pickle, which can run code and is never read; write JSON lines" for i in range(2, 6)},
+    LFS_POINTER: "a Git LFS pointer, not the file itself; fetch it: git lfs pull",
+    **dict.fromkeys(
+        (b"<!DOCTYPE", b"<!doctype", b"<html", b"<?xml"), "a web page, perhaps of an error; download the file itself"
+    ),
     codecs.BOM_UTF16_LE: "UTF-16 text; convert it to UTF-8",
     codecs.BOM_UTF16_BE: "UTF-16 text; convert it to UTF-8",
 }
 """First bytes of what is given for a data file by mistake -> what it is, and the fix."""
+_BEHIND = {b"ustar": 257}
+"""Where they are if not at the start."""
 
 
 class JsonLines(Source):
@@ -118,7 +129,7 @@ def _open_file(name: str, path: Path) -> Source:
         if start.startswith(_PARQUET) and isinstance(file, io.BufferedReader):
             return ParquetFile(name, (path,))
     for magic, what in _FOREIGN.items():
-        if start.startswith(magic):
+        if start.startswith(magic, _BEHIND.get(magic, 0)):
             raise InputError(f"data file {name} is {what}; {ALLOWED}, plain, or gzip or zstd around text")
     first = start.lstrip()[:1]
     if first == b"[":

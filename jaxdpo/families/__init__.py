@@ -41,7 +41,7 @@ def find_family(hf_config: Mapping[str, Any], where: str) -> Family:
       where: what to call it in the message.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"{where}: model_type {model_type!r} (architectures {hf_config.get('architectures')}) is not supported; "
             f"allowed: {', '.join(FAMILIES)}"

@@ -28,6 +28,10 @@ _ROPE_KEYS = {
 """Scaling type -> its keys there -> fields of `Rope`."""
 
 
+_FIXES = {"quantization_config": "; name the model whose weights are not quantized"}
+"""What to do about a key that is not supported, where that is known."""
+
+
 def required(hf: Mapping[str, Any], key: str) -> Any:
     """The value of a key; InputError where it is not there."""
     if hf.get(key) is None:
@@ -39,9 +43,10 @@ def refuse(hf: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> Non
     """InputError where a key that changes the mathematics is there with a value that is not supported."""
     for key, values in allowed.items():
         if key in hf and hf[key] not in values:
+            words = ("no such key" if value is None else repr(value) for value in values)
             raise InputError(
-                f"config.json has {key} = {hf[key]!r}, which changes what the model computes and is not supported; "
-                f"allowed: {' or '.join(map(repr, values))}"
+                f"config.json has {key} = {hf[key]!r:.80}, which changes what the model computes and is not supported; "
+                f"allowed: {' or '.join(words)}{_FIXES.get(key, '')}"
             )
 
 

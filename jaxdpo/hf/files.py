@@ -17,6 +17,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from jaxdpo import families
+from jaxdpo.disk import LFS_POINTER
 from jaxdpo.models import Decoder
 from jaxdpo.types import InputError
 
@@ -40,6 +41,7 @@ class Safetensors:
                 f"convert them to safetensors: save_pretrained(...)"
             )
         else:
+            check_no_adapter(directory)
             raise InputError(f"{directory} has no weights; allowed: {_WEIGHTS}, or shards with {_INDEX}")
         self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(cut.get_shape()) for n, cut in self._slices.items()}
 
@@ -55,6 +57,11 @@ class Safetensors:
         try:
             file = files.enter_context(safetensors.safe_open(path, framework="numpy"))
         except (safetensors.SafetensorError, OSError) as error:
+            with contextlib.suppress(OSError), path.open("rb") as start:
+                if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise InputError(
+                        f"{path} is a Git LFS pointer, not the weights; fetch them: git lfs pull"
+                    ) from None
             raise InputError(f"{path} is truncated or damaged ({error}); download it again") from error
         for name in file.keys():  # noqa: SIM118, it is no mapping
             if name in self._slices:
@@ -108,6 +115,15 @@ def move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
         directory.rename(replaced)
     partial.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_no_adapter(directory: pathlib.Path) -> None:
+    """InputError for a directory that holds what PEFT adds to a model, and no model."""
+    if (directory / "adapter_config.json").is_file():
+        raise InputError(
+            f"{directory} is an adapter (adapter_config.json), which is no model alone; allowed: whole models; merge "
+            "it into its base model: PEFT's merge_and_unload(), then save_pretrained(...)"
+        )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

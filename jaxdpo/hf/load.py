@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxdpo import families
 from jaxdpo.gguf import find_gguf
-from jaxdpo.hf.files import Safetensors, read_json
+from jaxdpo.hf.files import Safetensors, check_no_adapter, read_json
 from jaxdpo.models import Decoder, TransformerConfig, abstract_params, make_decoder
 from jaxdpo.types import InputError
 
@@ -106,8 +106,13 @@ def _read_config(directory: str | os.PathLike[str]) -> TransformerConfig:
     family = families.find_family(config, f"config.json of {directory}")
     try:
         return family.from_hf(config)
-    except (InputError, TypeError, ValueError, KeyError) as error:
+    except InputError as error:
         raise InputError(f"config.json of {directory}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"config.json of {directory}: a value is of the wrong type ({error}); allowed: what transformers writes; "
+            "download it again"
+        ) from error
 
 
 def _architecture(directory: str | os.PathLike[str]) -> str:
@@ -133,6 +138,7 @@ def hf_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if file := find_gguf(directory):
         return file.config
     if not (directory / "config.json").is_file():
+        check_no_adapter(directory)
         found = sorted(path.name for path in directory.iterdir())[:8] if directory.is_dir() else "no directory"
         raise InputError(
             f"{directory} has no config.json (found: {found or 'nothing'}); "
@@ -157,7 +163,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> "PreTrainedTokenizerBas
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        reason = " ".join(str(error).split())  # transformers writes lists over several lines
         raise InputError(
-            f"{directory} has no tokenizer that transformers can load ({error}); "
+            f"{directory} has no tokenizer that transformers can load ({reason:.300}); "
             f"copy tokenizer.json and tokenizer_config.json of the model there"
         ) from error

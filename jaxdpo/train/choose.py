@@ -99,13 +99,16 @@ def choose_loss(config: DPOConfig, datasets: Sequence[TokenizedDataset]) -> Loss
     for path, dataset in zip((config.data, config.eval_data), datasets, strict=False):
         for name in config.losses:
             _check_data(name, str(path), dataset)
+    if any(dataset.has_margins for dataset in datasets):
+        print("margins    stated in the data; only `jaxdpo reward` uses them")
     rankings = any(not dataset.labelled and dataset.candidates > 2 for dataset in datasets)
     return _combined(config, rankings=rankings, ranked=any(dataset.has_ranks for dataset in datasets))
 
 
 def with_needed_partners(config: DPOConfig, dataset: TokenizedDataset) -> TokenizedDataset:
     """The data, each completion accompanied by one of another prompt where an objective compares with such."""
-    if dataset.labelled and any(LOSSES[name].candidates == 2 for name in config.losses):
+    rows = [LOSSES[name] for name in config.losses]
+    if dataset.labelled and any("label" in row.data and row.candidates == 2 for row in rows):
         return with_partners(dataset, config.max_length)
     return dataset
 
@@ -113,6 +116,11 @@ def with_needed_partners(config: DPOConfig, dataset: TokenizedDataset) -> Tokeni
 def _check_data(name: str, path: str, dataset: TokenizedDataset) -> None:
     """InputError if an objective cannot use a dataset."""
     row = LOSSES[name]
+    if not dataset.labelled and name != "sft" and len(dataset.singles):
+        raise InputError(
+            f"{dataset.groups[dataset.singles[0]].origin}: there is one completion, without a label; allowed "
+            f"with --loss {name}: {_NEEDS['label' in row.data]}; imitate it with `jaxdpo sft`, or give other data"
+        )
     if ("label" in row.data) != dataset.labelled:
         fitting = ", ".join(other for other, spec in LOSSES.items() if ("label" in spec.data) == dataset.labelled)
         raise InputError(

@@ -35,10 +35,11 @@ def run_reward(config: RewardConfig, *, devices: Sequence[jax.Device] | None = N
 def _choose_loss(config: RewardConfig, datasets: Sequence[TokenizedDataset]) -> LossSpec:
     """Bradley-Terry for pairs, Plackett-Luce for rankings; InputError for data in which nothing is compared."""
     for name, dataset in zip((config.data, config.eval_data), datasets, strict=False):
-        if dataset.labelled or dataset.candidates < 2:
+        if dataset.labelled or len(dataset.singles):
+            first = 0 if dataset.labelled else dataset.singles[0]
             raise InputError(
-                f"a reward model learns from completions that are compared, and {name} holds single ones; allowed: "
-                "pairs or rankings of completions; give other data"
+                f"{dataset.groups[first].origin}: there is one completion, and a reward model learns from several that "
+                f"are compared; allowed: pairs or rankings; give other data than {name}"
             )
     ranked = any(dataset.has_ranks for dataset in datasets)
     if not ranked and all(dataset.candidates == 2 for dataset in datasets):

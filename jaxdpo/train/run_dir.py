@@ -31,6 +31,8 @@ MAY_DIFFER = frozenset(
 CHOSEN = ("dtype", "row_length", "microbatch_tokens")
 """Options that a run chooses where they are left open; continued, it keeps its choice."""
 
+_YAML = "allowed: options by name, one a line, with spaces and no tabs, e.g. `beta: 0.1`"
+
 Config = TypeVar("Config", bound=RunConfig)
 
 _PATHS = ("model", "data", "eval_data")
@@ -86,10 +88,15 @@ def read_yaml(path: Path) -> dict:
         raise InputError(f"{path} does not exist; allowed: a YAML file of options; fix: check the path")
     try:
         mapping = ruamel.yaml.YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except ruamel.yaml.error.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise InputError(f"{where}: not YAML ({error.problem}); {_YAML}; correct the line") from error
     except (ruamel.yaml.error.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}); {_YAML}; write it again") from error
     if not isinstance(mapping, dict):
-        raise InputError(f"{path} holds {type(mapping).__name__}; allowed: a mapping of options, e.g. `beta: 0.1`")
+        holds = "nothing" if mapping is None else f"a {type(mapping).__name__}"
+        raise InputError(f"{path} holds {holds}; {_YAML}")
     return mapping
 
 
@@ -117,6 +124,10 @@ def claim(config: Config) -> Config:
     run = RunDir(Path(config.output_dir))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"--output-dir {run.root} is a file; allowed: a directory, new or this run's own")
+    if _same_place(config.model, config.output_dir):
+        raise InputError(
+            f"--output-dir {run.root} is the model's directory; allowed: one of the run's own; name another"
+        )
     if not run.config.exists():
         # An empty directory of checkpoints is all that a run leaves which was killed as it started.
         filled = (run.metrics, run.curves, run.export, run.model, *run.checkpoints.glob("*"))

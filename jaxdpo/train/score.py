@@ -10,11 +10,11 @@ import numpy as np
 import tqdm
 
 from jaxdpo.config import ScoreConfig
-from jaxdpo.data.chat import Renderer
+from jaxdpo.data.content import Content
+from jaxdpo.data.formats import FORMATS
 from jaxdpo.data.layout import choose_capacity
 from jaxdpo.data.load import Loaded, load_dataset
 from jaxdpo.data.pipeline import all_batches
-from jaxdpo.data.reading import Reading
 from jaxdpo.data.sources import open_sources
 from jaxdpo.disk import writing
 from jaxdpo.hf import load_config, load_reward_model, load_tokenizer
@@ -22,13 +22,13 @@ from jaxdpo.hub import resolve_model
 from jaxdpo.rewards import dataset_rewards, make_reward_program
 from jaxdpo.sharding import batch_size_multiple
 from jaxdpo.train.prepare import check_fits, default_dtype, default_microbatch_tokens, mesh_of
-from jaxdpo.types import InputError, Preference
+from jaxdpo.types import InputError, Origin
 
 
 def score(config: ScoreConfig) -> None:
     """Writes one line for each record: prompt, completions best first, their rewards, and where the record stands.
 
-    The lines can be read as rankings by these rewards: `jaxdpo dpo --format ranked`, which takes them as `scores`.
+    The lines can be read as rankings by these rewards, their `scores`; messages are written as messages.
 
     Raises:
       InputError: for a model that is none of rewards, data that cannot be read, or an output that exists.
@@ -37,6 +37,8 @@ def score(config: ScoreConfig) -> None:
     output = Path(config.output)
     if output.exists():
         raise InputError(f"--output {output} exists; allowed: a new file; fix: name another, or remove it")
+    if not (above := next(path for path in output.absolute().parents if path.exists())).is_dir():
+        raise InputError(f"--output {output}: {above} is a file; allowed: a new file in a directory; name another")
     open_sources(config.data)  # before a model is downloaded
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source)
@@ -65,11 +67,12 @@ def score(config: ScoreConfig) -> None:
             label="score",
             total=len(dataset),
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
-    with writing(output), open(partial, "w", encoding="utf-8") as file:
-        for line in _lines(config, loaded, tokenizer, found.rewards):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            for line in _lines(config, loaded, found.rewards):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     partial.replace(output)
     best, mean = found.rewards[:, 0], found.rewards[found.mask].mean()
     print(f"rewards    {int(found.mask.sum()):,} completions, mean {mean:+.4f}")
@@ -81,25 +84,27 @@ def score(config: ScoreConfig) -> None:
     print(f"output     {output}")
 
 
-def _lines(config: ScoreConfig, loaded: Loaded, tokenizer: Any, rewards: np.ndarray) -> Iterator[dict[str, Any]]:
-    """What is written of each record that was scored; the records are read once more for their texts."""
-    groups = iter(enumerate(loaded.dataset.groups))
-    render = Renderer(tokenizer)
-    expected = next(groups, None)
-    for source in open_sources(config.data):
-        for preference in Reading(source, config.format, render).preferences(lambda origin, reason: None):
-            if expected is None or preference.origin != expected[1].origin:
-                continue  # dropped when it was tokenised
-            yield _line(preference, rewards[expected[0]])
-            expected = next(groups, None)
-    if expected is not None:
-        raise InputError(f"{expected[1].origin} is not there any more: the data changed while it was scored; try again")
+def _lines(config: ScoreConfig, loaded: Loaded, rewards: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What is written of each record that was scored; the records are read once more for what they say."""
+    groups, example = loaded.dataset.groups, 0
+    for source, format in zip(open_sources(config.data), loaded.formats, strict=True):
+        for number, record in source.records():
+            origin = Origin(source.name, number, source.unit)
+            if example < len(groups) and origin == groups[example].origin:  # others were dropped
+                yield _line(FORMATS[format](record), rewards[example], origin)
+                example += 1
+    if example < len(groups):
+        raise InputError(
+            f"{groups[example].origin} is not there any more: the data changed while it was scored; try again"
+        )
 
 
-def _line(preference: Preference, rewards: np.ndarray) -> dict[str, Any]:
+def _line(content: Content, rewards: np.ndarray, origin: Origin) -> dict[str, Any]:
+    for_template = {"tools": content.tools, "chat_template_kwargs": content.chat_template_kwargs}
     return {
-        "prompt": preference.prompt,
-        "completions": list(preference.completions),
-        "scores": [float(reward) for reward in rewards[: len(preference.completions)]],
-        **preference.origin._asdict(),
+        "prompt": content.prompt,
+        "completions": list(content.completions),
+        "scores": [float(reward) for reward in rewards[: len(content.completions)]],
+        **{name: value for name, value in for_template.items() if value is not None},
+        **origin._asdict(),
     }

@@ -53,7 +53,14 @@ def _whole_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was torn by a kill
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error}); fix: restore it, or give another --output-dir") from error
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was torn by a kill
+        try:
+            rows.append({**json.loads(line)})
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}, line {number}: no row of metrics with its step ({error}); fix: restore it, or give another "
+                "--output-dir"
+            ) from error
+    return rows

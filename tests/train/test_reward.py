@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +114,26 @@ def test_scores_are_a_ranking_that_can_be_trained_on(trained, inputs, tmp_path):
     )
 
 
+def test_messages_are_scored_as_the_template_writes_them_and_stay_messages(trained, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained / "run" / "export", model)
+    template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}a: {% endif %}")
+    said = [{"role": "assistant", "content": text} for text in ("yes", "no")]
+    record = {"prompt": [{"role": "user", "content": "7: good?"}], "chosen": said[:1], "rejected": said[1:]}
+    data = tiny.write_records(tmp_path / "data.jsonl", [record])
+    written = {"prompt": "u: 7: good?\na: ", "chosen": "yes\n", "rejected": "no\n"}
+    for name, path in (("messages", data), ("text", tiny.write_records(tmp_path / "text.jsonl", [written]))):
+        flags = ["--data", str(path), "--output", str(tmp_path / name)]
+        assert cli.main(["score", "--model", str(model), *flags]) == 0
+    (messages,), (text,) = rows(tmp_path / "messages"), rows(tmp_path / "text")
+    assert (messages["prompt"], messages["completions"]) == (record["prompt"], [said[:1], said[1:]])
+    assert messages["scores"] != text["scores"]  # whose completions end in EOS, read there
+    again = ["--data", str(tmp_path / "messages"), "--output", str(tmp_path / "again")]
+    assert cli.main(["score", "--model", str(model), *again]) == 0
+    assert sorted(rows(tmp_path / "again")[0]["scores"]) == pytest.approx(sorted(messages["scores"]), rel=1e-5)
+
+
 def test_records_that_are_dropped_are_not_scored(trained, tmp_path, capsys):
     records = rows(trained / "held_out.jsonl")[:3]
     records[1]["rejected"] = records[1]["chosen"]
@@ -154,7 +175,7 @@ def test_a_stated_margin_is_asked_for(inputs, tmp_path):
 @pytest.mark.parametrize(
     "data, flags, message",
     [
-        ("unpaired", "", "learns from completions that are compared, and DATA holds single ones"),
+        ("unpaired", "", "DATA, line 1: there is one completion, and a reward model learns from several"),
         ("ranked", "--center-rewards-coefficient 0.01", "--center-rewards-coefficient has no effect on rankings"),
     ],
 )
