@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -10,6 +11,7 @@ import pytest
 
 from jaxdpo import cli
 from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.data.sources import open_sources
 from jaxdpo.options import flag
 from jaxdpo.types import InputError, RunStopped
 from tests import tiny
@@ -403,3 +405,20 @@ def test_a_process_ends_with_the_status_and_one_line(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"jaxdpo: error: data file {tmp_path / 'none.jsonl'} cannot be read (")
     assert done.stderr.count("\n") == 1
+
+
+def test_convert_writes_what_tfds_reads(tmp_path, capsys):
+    pairs = {
+        name: tiny.write_pairs(tmp_path / f"{name}.jsonl", range(start, start + 3))
+        for name, start in (("train", 0), ("test", 9))
+    }
+    flags = ["--data", str(pairs["train"]), "--eval-data", str(pairs["test"]), "--output-dir", str(tmp_path / "sets")]
+    assert cli.main(["convert", *flags, "--name", "sums"]) == 0
+    name = re.search(r"--data (tfds:\S+)", capsys.readouterr().out)[1]
+    for split, path in pairs.items():
+        (source,) = open_sources(f"{name}:{split}")
+        assert [record for _, record in source.records()] == [
+            json.loads(line) for line in path.read_text().splitlines()
+        ]
+    assert cli.main(["convert", *flags, "--name", "sums"]) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 import jaxdpo
 from jaxdpo.cli import CONFIG_VERBS, main
 from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
-from jaxdpo.losses import DIVERGENCES, LOSSES, preference_metrics, unpaired_metrics
+from jaxdpo.losses import DIVERGENCES, LOSSES, preference_metrics, reward_metrics, unpaired_metrics
 from jaxdpo.train.run_dir import RunDir
 from jaxdpo.train.step import as_floats
 
@@ -82,6 +82,18 @@ def test_metrics_page_names_every_metric_of_labelled_completions():
     text = page("usage.md").split("For completions with a label")[1].split("\n\n")[0]
     for name in unpaired_metrics(pair, pair, label=np.array([True])):
         assert all(f"`{part}`" in text or f"`{part}/`" in text for part in name.split("/")), name
+
+
+@pytest.mark.parametrize(
+    "name, metrics",
+    [
+        ("sft.md", ["entropy", "mean_token_accuracy"]),
+        ("reward_models.md", list(reward_metrics(np.array([[2.0, -1.0]])))),
+    ],
+)
+def test_pages_of_other_commands_name_every_metric_in_order(name, metrics):
+    of_a_step = as_floats({metric: np.float32(0) for metric in ("loss", "grad_norm", *metrics)})
+    assert rows_under("## Metrics", page(name)) == list(of_a_step)
 
 
 def facts(spec):
