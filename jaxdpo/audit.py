@@ -11,21 +11,20 @@ from typing import Any
 import tqdm
 
 from jaxdpo.config import AuditConfig, RunConfig
-from jaxdpo.data.audit import NAMED, Audit
+from jaxdpo.data.audit import RECORDS_PER_FINDING, Audit
 from jaxdpo.data.audit_text import report
 from jaxdpo.data.boundary import differs_jointly
 from jaxdpo.data.chat import Renderer, plain
-from jaxdpo.data.content import Render, Unusable
-from jaxdpo.data.fields import Record
-from jaxdpo.data.formats import FORMATS, detect_format, preference_of
-from jaxdpo.data.records import Source
+from jaxdpo.data.content import Unusable
+from jaxdpo.data.findings import of_format
+from jaxdpo.data.reading import Reading
 from jaxdpo.data.sources import open_sources
 from jaxdpo.data.tokenize import PreferenceTokenizer, chunks
 from jaxdpo.disk import writing
 from jaxdpo.hf import load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.plots import save_lengths
-from jaxdpo.types import InputError, Origin, Preference
+from jaxdpo.types import InputError, Preference
 
 
 def run_audit(config: AuditConfig) -> int:
@@ -42,7 +41,7 @@ def run_audit(config: AuditConfig) -> int:
     if config.model is not None:
         tokenizer = load_tokenizer(resolve_model(config.model))
         to_groups = PreferenceTokenizer(tokenizer, config.max_length or RunConfig.max_length)
-    named = NAMED if config.json is None else None
+    named = RECORDS_PER_FINDING if config.json is None else None
     audit, formats = audit_data(config.data, config.format, to_groups)
     results = {"data": {"source": config.data, "formats": formats, **audit.result(named)}}
     if config.eval_data is not None:
@@ -74,46 +73,31 @@ def audit_data(
     render = plain if to_groups is None else Renderer(to_groups.tokenizer)
     formats: dict[str, str] = {}
     for source in open_sources(data):
-        formats[source.name] = format
+        reading = Reading(source, format, render)
         with tqdm.tqdm(
             total=source.num_records(), desc=f"audit {source.name}", unit="record", leave=False, disable=None
         ) as bar:
-            for chunk in chunks(_preferences(source, formats, render, audit, bar)):
-                _see(audit, chunk, to_groups)
+            for chunk in chunks(_preferences(reading, audit)):
+                _see(audit, chunk, to_groups, reading.format)
+                bar.update(reading.records - bar.n)
+        formats[source.name] = reading.format
+        if reading.unread:
+            audit.ignore(source.name, reading.unread)
     return audit, formats
 
 
-def _preferences(
-    source: Source, formats: dict[str, str], render: Render, audit: Audit, bar: Any
-) -> Iterator[Preference]:
-    """The preferences of a source; the audit is told of all other records, and `formats` is completed."""
+def _preferences(reading: Reading, audit: Audit) -> Iterator[Preference]:
+    """The preferences of a source; the audit is told of all its other records."""
     try:
-        for number, record in source.records():
-            bar.update()
-            origin = Origin(source.name, number, source.unit)
-            try:
-                if formats[source.name] == "auto":
-                    formats[source.name] = _detected(record, origin)
-                yield preference_of(record, FORMATS[formats[source.name]], origin, render)
-            except InputError as error:
-                audit.refuse(origin, str(error))
-            except Unusable as reason:
-                audit.drop(origin, str(reason))
+        yield from reading.preferences(audit.drop, audit.refuse)
     except InputError as error:  # from the source itself, which ends with it
         audit.stop(str(error))
 
 
-def _detected(record: Record, origin: Origin) -> str:
-    try:
-        return detect_format(record)
-    except InputError as error:
-        raise InputError(f"{origin}: {error}") from None
-
-
-def _see(audit: Audit, chunk: list[Preference], to_groups: PreferenceTokenizer | None) -> None:
+def _see(audit: Audit, chunk: list[Preference], to_groups: PreferenceTokenizer | None, format: str) -> None:
     if to_groups is None:
         for preference in chunk:
-            audit.see(preference, None)
+            audit.see(preference, None, also=of_format(format, preference))
         return
     kept = []
     for preference, group in zip(chunk, to_groups(chunk), strict=True):
@@ -123,7 +107,7 @@ def _see(audit: Audit, chunk: list[Preference], to_groups: PreferenceTokenizer |
             kept.append((preference, group))
     joint = differs_jointly(kept, to_groups.tokenizer)
     for (preference, group), differs in zip(kept, joint, strict=True):
-        audit.see(preference, group, also=["boundary"] if differs else [])
+        audit.see(preference, group, also=[*of_format(format, preference), *["boundary"] * differs])
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -134,13 +118,17 @@ def _print(result: dict[str, Any]) -> None:
 
 def _check_outputs(config: AuditConfig) -> None:
     """InputError now, rather than when everything has been read."""
+    outputs = {
+        flag: Path(name) for flag, name in (("--json", config.json), ("--plot", config.plot)) if name is not None
+    }
+    for flag, path in outputs.items():
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise InputError(f"{flag} {path} is no file in a directory; allowed: a file to write; make its directory")
     taken = {file.resolve() for data in (config.data, config.eval_data or config.data) for file in _files(data)}
-    for flag, name in (("--json", config.json), ("--plot", config.plot)):
-        if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
-            raise InputError(f"{flag} {name} is no file in a directory; allowed: a file to write; make its directory")
-        if name is not None and Path(name).resolve() in taken:
-            raise InputError(f"{flag} {name} is read or written already; allowed: a file of its own; name another")
-        taken |= {Path(name).resolve()} if name is not None else set()
+    for flag, path in outputs.items():
+        if path.resolve() in taken:
+            raise InputError(f"{flag} {path} is read or written already; allowed: a file of its own; name another")
+        taken.add(path.resolve())
 
 
 def _files(data: str) -> Iterator[Path]:

@@ -106,6 +106,10 @@ CONFIG_VERBS = ("sft", "dpo", "reward")
 """Verbs that take `--config FILE.yaml`."""
 
 
+INTERRUPTED = (130, 143)
+"""Exit statuses after Ctrl-C and SIGTERM."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
@@ -133,6 +137,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxdpo: stopped: {error}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def console() -> None:
+    """The command `jaxdpo`: `main`, as a process.
+
+    After an interruption the process ends without the interpreter's clean-up, which crashes where the signal came while
+    XLA was compiling (jax 0.10.2).
+    """
+    status = main()
+    if status in INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -230,4 +248,4 @@ def _metavar(hint: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

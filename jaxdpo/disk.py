@@ -14,6 +14,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR})
 LFS_POINTER = b"version https://git-lfs.github.com/"
 """First bytes of what Git leaves in place of a large file that it did not fetch."""
+_FIXES = {errno.ENOENT: "make its directory, or name another", errno.ENOTDIR: "name another: a file is in its place"}
 _STATED = re.compile(r"\bos[ _]error(?:_code)?[ :=']*(\d+)", re.IGNORECASE)
 """How libraries of C++ and Rust state an errno: Orbax "[os_error_code='28']", safetensors "(os error 28)"."""
 
@@ -47,9 +48,10 @@ def writing(path: Path, *, left: str = "") -> Iterator[None]:
         number = disk_errno(error)
         if number is None:
             raise
-        fix = "make room there" if number in _FULL else "make it writable"
+        fix = "make room there" if number in _FULL else _FIXES.get(number, "make it writable")
+        free = f"{_free(path)} free there; " if number in _FULL else ""
         raise RunStopped(
-            f"{path} cannot be written: {os.strerror(number)}; {_free(path)} free there; {left}{'; ' * bool(left)}"
+            f"{path} cannot be written: {os.strerror(number)}; {free}{left}{'; ' * bool(left)}"
             f"fix: {fix}, then give the same command again"
         ) from error
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +16,9 @@ def option(help: str, group: str, default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field with the help text and the group that `--help` shows."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group})
 
+
+LONGEST_NAME = 255
+"""Bytes that a file system takes for the name of a file or directory."""
 
 Ranges = Mapping[str, tuple[str, Callable[[Any], bool]]]
 """Field -> what it allows, in words and as a test."""
@@ -31,11 +35,22 @@ def check_fields(config: Any, ranges: Ranges, paths: Collection[str]) -> None:
         value = _typed(getattr(config, field.name), hints[field.name], flag(field.name))
         if field.name in paths and value is not None:
             value = ",".join(map(os.path.expanduser, value.split(",")))  # YAML files have no shell to do it
+            _check_path(flag(field.name), value)
         object.__setattr__(config, field.name, value)
         if field.name in ranges and value is not None:
             allowed, holds = ranges[field.name]
             if not holds(value):
                 raise InputError(f"{flag(field.name)} is {value!r}; allowed: {allowed}")
+
+
+def _check_path(where: str, value: str) -> None:
+    """InputError for what no file system takes for a path, or for several with commas between."""
+    for name in re.split("[,/]", value):
+        if (size := len(name.encode(errors="replace"))) > LONGEST_NAME or "\0" in name:
+            raise InputError(
+                f"{where} has a name of {size} bytes, {name[:20]!r}; allowed: at most {LONGEST_NAME}, and no NUL "
+                "character; correct the path"
+            )
 
 
 def flag(name: str) -> str:
@@ -70,15 +85,15 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], source: str) -> dict[str
     return values
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The one of some names that was probably meant: by its initials, or else by its letters.
+def nearest(name: str, names: Sequence[str], *, cutoff: float = 0.0) -> str:
+    """The one of some names that was probably meant: by its initials, or else by its letters; empty below `cutoff`.
 
     Example:
       >>> nearest("lr", ["loss", "learning_rate"]), nearest("Bta", ["beta", "data"])
       ('learning_rate', 'beta')
     """
     initials = {"".join(part[0] for part in other.split("_")): other for other in names if "_" in other}
-    return initials.get(name) or difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
+    return initials.get(name) or next(iter(difflib.get_close_matches(name.lower(), names, n=1, cutoff=cutoff)), "")
 
 
 def check_words(cls: type, words: Sequence[str], command: str, *, others: Sequence[str] = ()) -> None:
@@ -90,34 +105,32 @@ def check_words(cls: type, words: Sequence[str], command: str, *, others: Sequen
       command: what to call it in messages.
       others: flags that take a value and are no fields of `cls`.
     Raises:
-      InputError: for a flag that the command lacks or that is given twice, a value of another type, or a stray word.
+      InputError: for a flag that the command lacks, a value of another type, or a stray word. Of a flag that is given
+        twice the last one holds, as in other commands.
     """
     hints = {"--" + name.replace("_", "-"): hint for name, hint in typing.get_type_hints(cls).items()}
     hints |= dict.fromkeys(others, str)
-    given: set[str] = set()
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         option = name.replace("--no-", "--") if hints.get(name.replace("--no-", "--")) is bool else name
-        if not word.startswith("--"):
+        if not word.startswith("--") or (equals and hints.get(option) is bool):
             raise InputError(
                 f"{word!r} belongs to no option of {command}; allowed: --option value; quote it, or drop it"
             )
         if option not in hints:
-            names = [flag[2:].replace("-", "_") for flag in hints]
-            near = flag(nearest(name[2:].replace("-", "_"), names))
-            raise InputError(f"{command} has no option {name}; did you mean {near}? {command} --help lists all")
-        if option in given:
-            raise InputError(f"{option} is given twice; allowed: once; keep one")
-        given.add(option)
+            names = [known[2:].replace("-", "_") for known in hints]
+            near = nearest(name[2:].replace("-", "_"), names, cutoff=0.6)
+            meant = f"did you mean {flag(near)}? " if near else ""
+            raise InputError(f"{command} has no option {name}; {meant}{command} --help lists all")
         if hints[option] is not bool:
             _check_spelled(option, value if equals else next(rest, None), hints[option])
 
 
 def _check_spelled(option: str, text: str | None, hint: Any) -> None:
     """InputError for a value of a flag that does not spell what is hinted; None stands for a missing value."""
-    kind = next((arm for arm in typing.get_args(hint) if arm is not types.NoneType), hint) if _optional(hint) else hint
+    kind = typing.get_args(hint)[0] if _optional(hint) else hint
     if text is None or (_optional(hint) and text == "None"):
         return
     if typing.get_origin(kind) is Literal:

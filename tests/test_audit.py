@@ -84,15 +84,51 @@ def test_no_usable_record_is_an_error(tmp_path):
     assert set(kinds(written["data"])) == {"unusable", "dropped"}
 
 
+def test_lines_that_hold_no_record_are_named_among_the_broken_ones(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(record) for record in pairs(range(5))]
+    path.write_bytes("\n".join([lines[0], "{oops", *lines[1:4], '["é"]', lines[4]]).encode("latin-1"))
+    status, written = audit_json(tmp_path, data=str(path))
+    assert status == 2
+    result = written["data"]
+    assert (result["records"], result["used"]) == (7, 5)
+    assert set(kinds(result)) == {"broken"}
+    first, second = kinds(result)["broken"]
+    assert first.startswith(f"{path}, line 2: bad JSON") and second.startswith(f"{path}, line 6: byte 0xe9")
+
+
 def test_a_source_that_cannot_be_read_on_is_an_error_behind_what_was_read(tmp_path):
-    data = write(tmp_path, pairs(range(5)))
-    with open(data, "a") as file:
-        file.write('{"prompt": \n')
-    status, written = audit_json(tmp_path, data=data)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(pairs(range(5)))[:-1] + ", {oops}, {}]")
+    status, written = audit_json(tmp_path, data=str(path))
     assert status == 2
     assert written["data"]["used"] == 5
     (message,) = kinds(written["data"])["unreadable"]
-    assert message.startswith(f"{data}, line 6: ")
+    assert message.startswith(f"{path}, row 5: bad JSON")
+
+
+def test_fields_that_are_not_read_are_named_for_each_source(tmp_path):
+    records = [*pairs(range(3), question="Q", id=7), *pairs([4], notes=None, **{f"n{i}": i for i in range(30)})]
+    data = write(tmp_path, records)
+    second = write(tmp_path, pairs(range(5, 9)), "b.jsonl")
+    status, written = audit_json(tmp_path, data=f"{data},{second}", strict=True)
+    assert status == 0
+    (note,) = kinds(written["data"])["unread_field"]
+    assert note.startswith(f"{data}: 'question' in 3, 'id' in 3, 'n0' in 1, ")
+    assert note.endswith("'n17' in 1, '…' in 12")
+
+
+def test_an_implicit_prompt_that_is_not_found_is_a_warning(tmp_path, model):
+    numbers = range(30)
+    texts = [{"chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in numbers[:1]]
+    texts += [{"chosen": f"Is {n} fine? Yes {n}.", "rejected": f"Is {n} fine? No {n}."} for n in numbers]
+    data = write(tmp_path, texts)
+    for options in ({}, {"model": model}):
+        status, written = audit_json(tmp_path, data=data, **options)
+        assert status == 0
+        assert kinds(written["data"])["no_shared_prompt"] == [f"{data}, line 1"]
+    empty = write(tmp_path, pairs([1], prompt=""), "b.jsonl")
+    assert "no_shared_prompt" not in kinds(audit_json(tmp_path, data=empty)[1]["data"])
 
 
 def test_a_missing_source_is_bad_input(tmp_path):

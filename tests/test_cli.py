@@ -234,7 +234,8 @@ def start(capsys, model, tmp_path):
         if lines is not None:
             (tmp_path / "d.jsonl").write_text("".join(line + "\n" for line in lines))
         files = ["--model", str(model), "--data", str(tmp_path / "d.jsonl"), "--output-dir", str(tmp_path / "run")]
-        status, printed = status_and_message(capsys, "dpo", *files, "--max-length", "64", *flags)
+        length = [] if "--max-length" in flags else ["--max-length", "64"]
+        status, printed = status_and_message(capsys, "dpo", *files, *length, *flags)
         assert status == 2
         assert not (tmp_path / "run").exists()
         return printed[-1].removeprefix("jaxdpo: error: ").replace(str(tmp_path), "DIR")
@@ -422,3 +423,15 @@ def test_convert_writes_what_tfds_reads(tmp_path, capsys):
         ]
     assert cli.main(["convert", *flags, "--name", "sums"]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130, 143])
+def test_an_interrupted_process_ends_without_clean_up(monkeypatch, status):
+    """Which crashes where XLA was compiling."""
+    ended = []
+    monkeypatch.setattr(cli, "main", lambda: status)
+    monkeypatch.setattr("os._exit", lambda status: ended.append(status))
+    with pytest.raises(SystemExit) as exit:
+        cli.console()
+    assert exit.value.code == status
+    assert ended == ([status] if status > 2 else [])

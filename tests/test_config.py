@@ -1,11 +1,13 @@
 """Options are valid once they exist: every range is refused by name, and mappings are read strictly."""
 
 import dataclasses
+import doctest
 import math
 import typing
 
 import pytest
 
+from jaxdpo import options
 from jaxdpo.config import (
     AuditConfig,
     ConvertConfig,
@@ -70,6 +72,10 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "learning_rate": ([1e-12, 1.0], [0.0, -1e-6, math.inf, math.nan]),
     "max_grad_norm": ([0.0, 10.0], [-1.0, math.inf, math.nan]),
 }
+
+
+def test_docstrings():
+    assert doctest.testmod(options) == (0, 1)
 
 
 def dpo(**options) -> DPOConfig:

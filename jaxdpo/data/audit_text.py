@@ -108,7 +108,8 @@ def _longer(result: Result) -> list[str]:
 
 
 def _line(finding: Mapping[str, Any]) -> str:
-    return f"{finding['severity']:10}{finding['count']:>7,}  {finding['what']}"
+    count = f"{finding['count']:,}" if finding["count"] else ""
+    return f"{finding['severity']:10}{count:>7}  {finding['what']}"
 
 
 def _verdict(result: Result) -> str:

@@ -21,7 +21,10 @@ from jaxdpo.data.encoding import PROBES, encode
 from jaxdpo.data.records import Source
 from jaxdpo.disk import writing
 from jaxdpo.hub import cache_root
+from jaxdpo.types import RunStopped
 
+ABANDONED = 7 * 24 * 3600.0
+"""Seconds from which what was begun to be written is taken to be given up."""
 SETTLED = 2.0
 """Seconds after its last change from which a file's times tell whether it changes again."""
 
@@ -62,8 +65,9 @@ def source_digest(source: Source) -> str:
         if stamp and remembered["stamp"] == stamp:
             return str(remembered["digest"])
     digest = source.digest()
-    if stamp and time.time() - max(modified / 1e9 for _, modified, _ in stamp) > SETTLED:
-        with making(note) as partial, writing_data():
+    if stamp and time.time() - max(modified / 1e9 for _, modified, *_ in stamp) > SETTLED:
+        # It only saves time: a cache that is read-only is read nevertheless.
+        with contextlib.suppress(RunStopped), making(note) as partial, writing_data():
             partial.write_text(json.dumps({"files": files, "stamp": stamp, "digest": digest}), encoding="utf-8")
     return digest
 
@@ -77,6 +81,9 @@ def making(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     with writing_data():
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(".partial-*"):  # of a process that was killed
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
         scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         partial = scratch / target.name
@@ -98,10 +105,10 @@ def writing_data() -> contextlib.AbstractContextManager[None]:
     )
 
 
-def _stamp(file: pathlib.Path) -> tuple[int, int, int]:
-    """What changes with a file's content: size, time of the last change in ns, inode."""
+def _stamp(file: pathlib.Path) -> tuple[int, int, int, int]:
+    """What changes with a file's content: size, times of its last change in ns, of which one cannot be set, inode."""
     stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _tokenizer_facts(tokenizer: Any) -> list[Any]:

@@ -53,19 +53,24 @@ def best_first(record: Record, prompt: str | Messages, completions: Sequence[str
 
     Raises:
       InputError: if they are not one number for each completion, or both fields are there.
-      Unusable: if all completions tie, or none is ranked.
     """
     keys = _sort_keys(record, len(completions))
     if keys is None:
         return Content(prompt, tuple(completions))
     levels = sorted(set(keys))
-    if len(levels) == 1:
-        raise Unusable("no completion is ranked" if levels == [math.inf] else "all completions tie")
     dense = {key: UNRANKED if key == math.inf else rank for rank, key in enumerate(levels)}
     order = sorted(range(len(keys)), key=keys.__getitem__)  # tied completions stay as they stand
     ranks = tuple(dense[keys[i]] for i in order)
     strict = ranks == tuple(range(len(ranks)))
     return Content(prompt, tuple(completions[i] for i in order), None if strict else ranks)
+
+
+def check_comparable(content: Content) -> None:
+    """Unusable if the completions of a content are not told apart: two are equal, all tie, or none is ranked."""
+    if len(set(map(str, content.completions))) < len(content.completions):
+        raise Unusable("two completions are equal")
+    if content.ranks is not None and len(set(content.ranks)) == 1:
+        raise Unusable("no completion is ranked" if content.ranks[0] == UNRANKED else "all completions tie")
 
 
 def shared(first: Sequence, second: Sequence) -> int:

@@ -109,6 +109,26 @@ def check_utf8(name: str, value: str) -> None:
         ) from None
 
 
+def check_message_keys(name: str, value: Any) -> None:
+    """Raises InputError where a value is a message in the words of ShareGPT, or a list that begins with one.
+
+    Example:
+      >>> check_message_keys("chosen", [{"role": "assistant", "content": "4"}])
+      >>> check_message_keys("chosen", {"from": "gpt", "value": "4"})  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      jaxdpo.types.InputError: field 'chosen' holds 'from' and 'value', as ShareGPT and LLaMA-Factory do; ...
+    """
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict) and first.keys() >= {"from", "value"}:
+        raise InputError(
+            f"field {name!r} holds 'from' and 'value', as ShareGPT and LLaMA-Factory do; allowed: a list of messages, "
+            '{"role": …, "content": …} each; rename "from" to "role" ("human" to "user", "gpt" to "assistant") and '
+            '"value" to "content", write a single message as a list of one, and rename "conversations" to "prompt" '
+            'beside "chosen" and "rejected", else to "messages"'
+        )
+
+
 def shown(value: Any) -> str:
     """A number as it stands, anything else by its kind, because it can be long."""
     return str(value) if _is_number(value, int | float) else _KINDS.get(type(value), type(value).__name__)
@@ -156,6 +176,7 @@ def _allowed_text(may_be_empty: bool = False) -> str:
 
 def _checked_text(name: str, value: Any, allowed: str, may_be_empty: bool) -> str:
     if not isinstance(value, str):
+        check_message_keys(name, value)
         raise InputError(
             f"field {name!r} is {_KINDS.get(type(value), type(value).__name__)}; allowed: {allowed}; write it as text, "
             "or choose the format 'messages' where it holds messages"

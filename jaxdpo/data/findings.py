@@ -29,8 +29,14 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "unreadable": Kind("error", "sources that cannot be read to their end", "correct them; the rest was not audited"),
     "broken": Kind("error", "records that break their format", "correct or delete them; training stops at the first"),
-    "unusable": Kind("error", "usable records", "correct the data; there is nothing to train on"),
+    "unusable": Kind("error", "no record is usable", "correct the data; there is nothing to train on"),
     "mixed": Kind("error", "records with a label, among others without", "make two data sets"),
+    "no_shared_prompt": Kind(
+        "warning",
+        "records of the format implicit whose texts share no first word: the prompt is empty",
+        "give the field of the prompt the name 'prompt', or begin both texts with it",
+    ),
+    "unread_field": Kind("note", "sources with fields that are not read", "rename what is meant to be read"),
     "dropped": Kind("warning", "dropped", "correct or delete them"),
     "one_label": Kind("warning", "labels, all alike", "add completions with the other label"),
     "duplicate": Kind("warning", "records that repeat an earlier one", "delete them, or they count twice"),
@@ -105,6 +111,17 @@ def gives_away(rule: str, chosen: float, rejected: float, pairs: float) -> bool:
 def surface(text: str) -> tuple[bool, bool, bool]:
     """What the rules of `RULES` but the first say of a completion, in their order."""
     return text[:1].isspace(), text[-1:].isspace(), text.rstrip().endswith(_SENTENCE_ENDS)
+
+
+def of_format(format: str, preference: Preference) -> list[str]:
+    """Names in `KINDS` of what is right in one format and suspicious in another.
+
+    Example:
+      >>> from jaxdpo.types import Origin
+      >>> of_format("implicit", Preference("", ("Yes.", "No."), Origin("sums.jsonl", 7)))
+      ['no_shared_prompt']
+    """
+    return ["no_shared_prompt"] if format == "implicit" and not preference.prompt else []
 
 
 class TextChecks:

@@ -11,7 +11,7 @@ that a format does not read are ignored.
 from collections.abc import Callable
 
 from jaxdpo.data import fields
-from jaxdpo.data.content import Content, Format, Render, Unusable, best_first
+from jaxdpo.data.content import Content, Format, Render, Unusable, best_first, check_comparable
 from jaxdpo.data.fields import Record
 from jaxdpo.data.messages import messages
 from jaxdpo.data.transcripts import ASSISTANT, hh, implicit
@@ -114,12 +114,41 @@ DETECTED_BY: dict[str, tuple[set[str], set[str], Callable[[Record], bool]]] = {
 """Format of text -> the fields that a record of it has, those that it has not, and what else holds of it. The same
 fields with lists in them, and `messages`, are the format `messages`."""
 
+_COMPARED, _RANKED, _JUDGED = (
+    ("chosen", "rejected", "margin"),
+    ("completions", "ranks", "scores"),
+    ("completion", "label"),
+)
+READS: dict[str, frozenset[str]] = {
+    "pairs": frozenset(["prompt", *_COMPARED]),
+    "implicit": frozenset(_COMPARED),
+    "hh": frozenset(_COMPARED),
+    "ranked": frozenset(["prompt", *_RANKED]),
+    "unpaired": frozenset(["prompt", *_JUDGED]),
+    "completion": frozenset(["prompt", "completion"]),
+    "text": frozenset(["text"]),
+    "messages": frozenset(["prompt", *_COMPARED, *_RANKED, *_JUDGED, "messages", "tools", "chat_template_kwargs"]),
+}
+"""Format -> all fields that it reads."""
+
+PROMPT_NAMES = {
+    *("context", "conversation", "conversations", "history", "human", "input", "instruction", "post", "problem"),
+    *("prompt", "prompts", "query", "question", "system", "system_prompt", "user", "user_input", "user_prompt"),
+}
+"""What data sets call a prompt, or a part of one, in lower case."""
+_WITHOUT_PROMPT = {
+    **dict.fromkeys(("implicit", "hh"), "rename it to 'prompt'"),
+    "text": "rename it to 'prompt' and 'text' to 'completion'",
+}
+"""Format that reads no field of a prompt -> what to do where there is one."""
+
 
 def detect_format(record: Record) -> str:
     r"""Name in `FORMATS` of the format that the first record of a source is in: the one whose fields it has.
 
     Raises:
-      InputError: if it is in none of them, or in two; the message lists the formats and the record's fields.
+      InputError: if it is in none of them, or in two; the message lists the formats and the record's fields. Also if a
+        field that the format does not read has the name of a prompt, or messages are in the words of ShareGPT.
     Example:
       >>> detect_format({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"})
       'pairs'
@@ -144,16 +173,35 @@ def detect_format(record: Record) -> str:
         if there >= needed and not there & absent and holds(record):
             fits["messages" if any(_is_conversation(record[field]) for field in needed) else name] = None
     if len(fits) == 1:
-        return next(iter(fits))
+        (name,) = fits
+        for field in filter(READS[name].__contains__, record):
+            fields.check_message_keys(field, record[field])
+        _check_no_prompt_is_left(record, name)
+        return name
     rows = [f"{name!r} ({', '.join(sorted(needed))})" for name, (needed, _, _) in DETECTED_BY.items()]
     got = f"a record with the fields {sorted(record)}; allowed: one of {', '.join(rows)}, 'messages' (messages, or "
     got += "messages in the fields of one of the others)"
     if fits:
         raise InputError(f"{len(fits)} formats fit, {', '.join(map(repr, fits))}, {got}; say which, in place of 'auto'")
+    for field in record:
+        fields.check_message_keys(field, record[field])
     raise InputError(f"no format fits {got}; rename the fields to fit one")
 
 
-def preference_of(record: Record, convert: Format, origin: Origin, render: Render | None = None) -> Preference:
+def _check_no_prompt_is_left(record: Record, name: str) -> None:
+    """Refuses a format without a field for the prompt where the record seems to have one."""
+    left = [field for field in record if isinstance(record[field], str | list) and field.lower() in PROMPT_NAMES]
+    if left and name in _WITHOUT_PROMPT:
+        raise InputError(
+            f"{' and '.join(map(repr, left))} may hold the prompt, which the format {name!r} would leave out; got the "
+            f"fields {sorted(record)}; allowed: the whole prompt in the field 'prompt', or none; "
+            f"{_WITHOUT_PROMPT[name]}, or give --format {name}"
+        )
+
+
+def preference_of(
+    record: Record, convert: Format, origin: Origin, render: Render | None = None, *, compared: bool = True
+) -> Preference:
     """The preference that a record holds.
 
     Args:
@@ -161,9 +209,11 @@ def preference_of(record: Record, convert: Format, origin: Origin, render: Rende
       convert: a value of `FORMATS`.
       origin: where it stands.
       render: turns messages into texts: a `chat.Renderer`, or `chat.plain`.
+      compared: whether completions are compared, and so have to differ; otherwise one is imitated, or each is scored.
     Raises:
       InputError: if the record breaks the format or cannot be rendered; the message starts with its origin.
-      Unusable: if a completion is blank, two completions are equal, or the format finds no preference in the record.
+      Unusable: if a completion is blank, the format finds no preference in the record, or, where they are compared, two
+        completions are equal or all tie.
     """
     try:
         content = convert(record)
@@ -174,8 +224,8 @@ def preference_of(record: Record, convert: Format, origin: Origin, render: Rende
     prompt, *completions = (str(part) for part in (content.prompt, *content.completions))
     if not all(completion.strip() for completion in completions):
         raise Unusable("a completion is empty")
-    if len(set(completions)) < len(completions):
-        raise Unusable("two completions are equal")
+    if compared:
+        check_comparable(content)
     return Preference(
         prompt, tuple(completions), origin, content.ranks, content.label, content.margin, templated=templated
     )
@@ -191,5 +241,7 @@ def _rendered(content: Content, render: Render | None) -> Content:
 
 
 def _is_conversation(value: object) -> bool:
-    """Whether a field holds messages, or lists of them."""
+    """Whether a field holds messages, or lists of them; or a single one, which is to be written as a list."""
+    if isinstance(value, dict):
+        return "role" in value
     return isinstance(value, list) and any(isinstance(part, dict | list) for part in value)

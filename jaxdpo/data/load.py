@@ -7,28 +7,32 @@ are. A second start with the same data, tokenizer and options reads nothing but 
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxdpo.data.cache import data_cache, digest_of, entry_key, making, source_digest, writing_data
 from jaxdpo.data.chat import Renderer
 from jaxdpo.data.content import Unusable
 from jaxdpo.data.dataset import Dropped, TokenizedDataset
+from jaxdpo.data.findings import of_format
 from jaxdpo.data.formats import FORMATS
 from jaxdpo.data.groups import SourceName, TokenizedGroup
 from jaxdpo.data.plan import check_weights
 from jaxdpo.data.reading import Reading
 from jaxdpo.data.sources import open_sources
 from jaxdpo.data.store import GroupWriter, open_groups
-from jaxdpo.data.tokenize import PreferenceTokenizer, chunks, one_kind
+from jaxdpo.data.tokenize import PreferenceTokenizer, Use, chunks, one_kind
 from jaxdpo.types import InputError, Origin, Preference
 
 
 class Audit(Protocol):
     """Looks at every record on its way, and says in the end what it found."""
 
-    def see(self, preference: Preference, group: TokenizedGroup | None) -> None:
-        """A preference and its ids; None where tokenisation leaves it without use, which `drop` is told next."""
+    def see(self, preference: Preference, group: TokenizedGroup | None, also: Iterable[str] = ()) -> None:
+        """A preference, its ids, and what was found of it; no ids where they are of no use, as `drop` is told next."""
+
+    def ignore(self, source: str, fields: Mapping[str, int]) -> None:
+        """Fields of a source that are not read, and of how many records."""
 
     def drop(self, origin: Origin, reason: str) -> None:
         """A record that is left out."""
@@ -47,6 +51,8 @@ class Loaded(NamedTuple):
     """Of each source: how many it has."""
     weights: tuple[float, ...] | None
     """Of each source, for `StepPlan`."""
+    content: str
+    """Digest of what the sources hold."""
     digest: str
     """Of what the sources hold and of the groups made of it: a run goes on with the same one only."""
     audit: dict[str, Any] | None
@@ -72,7 +78,7 @@ def load_dataset(
     *,
     format: str = "auto",
     weights: Sequence[float] | None = None,
-    best_only: bool = False,
+    use: Use = "compare",
     score_prompt: bool = False,
     audit: Audit | None = None,
     progress: Callable[[int], Any] | None = None,
@@ -85,7 +91,7 @@ def load_dataset(
       max_length: tokens that a prompt and any one completion may have together, see `PreferenceTokenizer`.
       format: a name in `FORMATS`, or `auto` to tell it from each source's first record.
       weights: of each source, see `StepPlan`.
-      best_only: see `PreferenceTokenizer`.
+      use: see `PreferenceTokenizer`.
       score_prompt: see `PreferenceTokenizer`.
       audit: sees every record; not asked where the cache has the result of one of its kind on this data.
       progress: called with the number of preferences tokenised since its last call, as `tqdm.update` wants it.
@@ -99,7 +105,7 @@ def load_dataset(
     """
     if format != "auto" and format not in FORMATS:
         raise InputError(f"format={format!r} is unknown; allowed: 'auto', {', '.join(map(repr, FORMATS))}")
-    to_groups = PreferenceTokenizer(tokenizer, max_length, best_only, score_prompt)
+    to_groups = PreferenceTokenizer(tokenizer, max_length, use, score_prompt)
     sources = open_sources(data)
     weights = None if weights is None else tuple(weights)
     check_weights(weights, len(sources))
@@ -110,7 +116,7 @@ def load_dataset(
         {
             "sources": [names, digests],
             "format": format,
-            "options": [max_length, best_only, score_prompt],
+            "options": [max_length, use, score_prompt],
             "audit": None if audit is None else type(audit).__qualname__,
         },
     )
@@ -120,15 +126,16 @@ def load_dataset(
     if entry is None:
         if exists:
             shutil.rmtree(directory, ignore_errors=True)  # damaged
-        readings = [Reading(source, format, Renderer(tokenizer)) for source in sources]
+        readings = [Reading(source, format, Renderer(tokenizer), compared=use == "compare") for source in sources]
         with making(directory) as partial:
             _write_entry(partial, readings, to_groups, audit, progress)
         entry = _open_entry(directory, names)
     if entry is None:
         raise InputError(f"{directory} does not hold what was just written to it; check that disk, or set JAXDPO_CACHE")
     dataset, facts = entry
-    formats, records, digest = tuple(facts["formats"]), tuple(facts["records"]), digest_of([digests, facts["files"]])
-    return Loaded(dataset, formats, records, weights, digest, facts["audit"], directory)
+    formats, records = tuple(facts["formats"]), tuple(facts["records"])
+    content, digest = digest_of(digests), digest_of([digests, facts["files"]])
+    return Loaded(dataset, formats, records, weights, content, digest, facts["audit"], directory)
 
 
 def _write_entry(
@@ -139,7 +146,7 @@ def _write_entry(
     progress: Callable[[int], Any] | None,
 ) -> None:
     """The one pass over the data: everything that `_open_entry` reads."""
-    check = one_kind(to_groups.best_only)
+    check = one_kind(to_groups.use)
     dropped = Dropped()
     with writing_data():
         directory.mkdir()
@@ -163,7 +170,7 @@ def _write_entry(
                     check(preference)
                     usable = None if isinstance(group, Unusable) else group
                     if audit is not None:
-                        audit.see(preference, usable)
+                        audit.see(preference, usable, of_format(reading.format, preference))
                     if usable is None:
                         drop(preference.origin, str(group))
                     else:
@@ -172,6 +179,8 @@ def _write_entry(
                     writer.append(groups, number)
                 if progress is not None:
                     progress(len(chunk))
+            if audit is not None:
+                audit.ignore(reading.source.name, reading.unread)
             if here.total == reading.records:
                 raise InputError(_none_usable(reading, here))
         facts = {

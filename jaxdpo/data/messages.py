@@ -95,6 +95,7 @@ LAYOUTS = {"chosen": _compared, "completions": _ranked, "completion": _single, "
 
 
 def _conversation(record: Record, field: str) -> Messages:
+    fields.check_message_keys(field, record.get(field))
     values = fields.listed(record, field, _CONVERSATION)
     if not values:
         raise InputError(f"field {field!r} is an empty list; allowed: {_CONVERSATION}; fill it or delete the line")
@@ -105,6 +106,7 @@ def _message(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         allowed = 'a message, {"role": …, "content": …}'
         raise InputError(f"field {path!r} is {fields.shown(value)}; allowed: {allowed}; write it as one")
+    fields.check_message_keys(path, value)
     message = _without_nulls(path, value)
     message["role"] = fields.text(message, "role", within=f"{path}.")
     if isinstance(message.get("content"), list):

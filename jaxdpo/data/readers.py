@@ -5,95 +5,64 @@ lines count from 1, as editors do, rows from 0. A byte-order mark is skipped, an
 """
 
 import codecs
-import contextlib
-import gzip
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from backports import zstd  # python-zstandard and PyArrow take a file that was cut short for a whole one
-
-from jaxdpo.data.fields import shown
-from jaxdpo.data.records import ALLOWED, Numbered, Record, how_to_name
+from jaxdpo.data.fields import Record, shown
+from jaxdpo.data.files import decoded, numbered_lines, open_content
+from jaxdpo.data.records import ALLOWED, Numbered, OnError, raise_error
 from jaxdpo.types import InputError
 
 CHUNK = 1 << 20
 """Bytes read at once."""
-
-_OPENERS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"\x28\xb5\x2f\xfd": zstd.open,
-    **{bytes([0x50 + i]) + b"\x2a\x4d\x18": zstd.open for i in range(16)},  # skippable frames, as pzstd begins with
-}
-"""First bytes of a compressed file -> what opens it."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What `surrogateescape` makes of a byte that is not UTF-8; nothing else decodes to it."""
 
 
-@contextlib.contextmanager
-def open_content(name: str, path: Path, place: Callable[[], str] = lambda: "at its start") -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed.
+def json_lines(name: str, path: Path, on_error: OnError = raise_error) -> Numbered:
+    """The objects of a file of JSON lines, each with its line.
 
     Args:
       name: the file as the user wrote it.
       path: where it is.
-      place: says how far the body has come.
+      on_error: called for each line that is not one JSON object in UTF-8.
     Raises:
-      InputError: if the file cannot be opened or read on, or if its compressed stream is broken.
-    """
-    if "\0" in str(path):
-        raise InputError(f"data file {name!r} cannot be read, it has a NUL character; {ALLOWED}; correct the name")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise InputError(
-            f"data file {name} cannot be read ({error.strerror}); {ALLOWED}; {how_to_name(name)}"
-        ) from None
-    try:
-        opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
-        with opener(path, "rb") as file:
-            yield cast(IO[bytes], file)
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
-        raise InputError(
-            f"{name}, {place()}: the compressed stream is broken ({error}); allowed: a whole .gz or .zst file; "
-            "copy or download it again"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"data file {name} cannot be read, {place()} ({error.strerror}); {ALLOWED}; check the path and the disk"
-        ) from None
-
-
-def json_lines(name: str, path: Path) -> Numbered:
-    """The objects of a file of JSON lines, each with its line.
-
-    Raises:
-      InputError: if a line is not one JSON object in UTF-8, or none holds one.
+      InputError: if the file cannot be read on, or all its lines are blank.
     """
     number, found = 0, False
     with open_content(name, path, lambda: f"behind line {number}") as file:
-        for number, line in text_lines(file, name):
-            if line.strip():
-                found = True
-                yield number, _object(line, f"{name}, line {number}")
+        for number, line in numbered_lines(file):
+            where = f"{name}, line {number}"
+            try:
+                text = decoded(line, where)
+                if not text.strip():
+                    continue
+                record = _object(text, where)
+            except InputError as error:
+                on_error(number, error)
+            else:
+                yield number, record
+            found = True
     if not found:
         raise no_record(name)
 
 
-def json_array(name: str, path: Path) -> Numbered:
+def json_array(name: str, path: Path, on_error: OnError = raise_error) -> Numbered:
     """The objects of a file that is one JSON array, each with its row.
 
     The standard library parses, one element at a time. (ijson's C backend writes "?" for half of a surrogate pair, and
     100 000 opening brackets use up its memory.)
 
+    Args:
+      name: the file as the user wrote it.
+      path: where it is.
+      on_error: called for each element that is no object, or not in UTF-8.
     Raises:
-      InputError: if an element is no object, or the text is no JSON array in UTF-8, or an empty one.
+      InputError: if the text is no JSON array, or an empty one, or cannot be read on.
     """
     row = 0
     with open_content(name, path, lambda: f"before row {row}") as file:
@@ -103,7 +72,14 @@ def json_array(name: str, path: Path) -> Numbered:
         if closed:
             raise no_record(name)
         while not closed:
-            yield row, text.take_object(f"{name}, row {row}")
+            where = f"{name}, row {row}"
+            value, not_utf8 = text.take_value(where)
+            try:
+                record = _checked_element(value, not_utf8, where)
+            except InputError as error:
+                on_error(row, error)
+            else:
+                yield row, record
             closed = text.expect(",]", f"{name}, behind row {row}") == "]"
             row += 1
         if rest := text.peek():
@@ -111,24 +87,6 @@ def json_array(name: str, path: Path) -> Numbered:
                 f"{name}, behind row {row - 1}: {rest!r} follows the array's end; allowed: one JSON array, or one "
                 "object per line; write a file for each array"
             )
-
-
-def text_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file in UTF-8, each with its number; only line feeds end them.
-
-    Raises:
-      InputError: if a line is not UTF-8.
-    """
-    for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)  # spreadsheets and some editors on Windows write it
-        try:
-            yield number, line.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}, line {number}: byte {line[error.start]:#04x} at offset {error.start} is not UTF-8; "
-                "allowed: UTF-8 text; convert the file"
-            ) from None
 
 
 def no_record(name: str) -> InputError:
@@ -144,7 +102,22 @@ def _object(line: str, where: str) -> Record:
         raise InputError(
             f"{where}: bad JSON ({error}); got {line[:60].strip()!r}; allowed: one JSON object per line, one array "
             "[{...}, ...] for the file, or CSV in a file whose name ends in .csv; correct the line"
+            f"{_or_join(line)}"
         ) from None
+    return _checked_object(value, where)
+
+
+def _or_join(line: str) -> str:
+    """What else to do about a line of an object that stands on several, as indenting writers leave it."""
+    goes_on = line.lstrip().startswith("{") and line.rstrip().endswith(("{", "[", ","))
+    return ", or write the object on one line" if goes_on else ""
+
+
+def _checked_element(value: Any, not_utf8: re.Match | None, where: str) -> Record:
+    if not_utf8:
+        raise InputError(
+            f"{where}: byte {ord(not_utf8[0]) - 0xDC00:#04x} is not UTF-8; allowed: UTF-8 text; convert the file"
+        )
     return _checked_object(value, where)
 
 
@@ -188,8 +161,8 @@ class _Window:
         self._at += 1
         return character
 
-    def take_object(self, where: str) -> Record:
-        """Steps over an object, and returns it."""
+    def take_value(self, where: str) -> tuple[Any, re.Match | None]:
+        """Steps over a value, and returns it with what stands for the first byte in it that is not UTF-8."""
         self.peek()
         while True:
             try:
@@ -203,12 +176,9 @@ class _Window:
                     f"{where}: bad JSON ({reason}); got {self._text[self._at : self._at + 60]!a}; allowed: a JSON "
                     "object {...} for each record; correct it"
                 ) from None
-        if bad := _NOT_UTF8.search(self._text, self._at, end):
-            raise InputError(
-                f"{where}: byte {ord(bad[0]) - 0xDC00:#04x} is not UTF-8; allowed: UTF-8 text; convert the file"
-            )
+        not_utf8 = _NOT_UTF8.search(self._text, self._at, end)
         self._at = end
-        return _checked_object(value, where)
+        return value, not_utf8
 
     def _may_be_cut(self, error: Exception) -> bool:
         """Whether the text may only have to go on; a mistake in it must not read the rest of the file."""

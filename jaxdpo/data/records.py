@@ -4,19 +4,22 @@ import abc
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, NoReturn
 
-Record = dict[str, Any]
+from jaxdpo.data.fields import Record
+from jaxdpo.types import InputError
+
 Numbered = Iterator[tuple[int, Record]]
 """Records, each with the number of its line or row."""
+OnError = Callable[[int, InputError], None]
+"""Told of a line or row that holds no record, by its number; returns for the source to be read on."""
 
 ALLOWED = "allowed: JSON lines, a JSON array, CSV or Parquet"
 
 _HOW_TO_NAME = {
     r"\w+://.*": "download it, then name the file",
-    r".*[*?].*": "name the files themselves, with commas between them",
     r"[\w-]+/[\w.-]+(:\w+)?": "check the path; a data set of the hub is hf:{name}",
 }
 """What is no path -> what to do instead."""
@@ -31,6 +34,11 @@ def how_to_name(name: str) -> str:
     """
     fits = (fix for pattern, fix in _HOW_TO_NAME.items() if re.fullmatch(pattern, name))
     return next(fits, "check the path").format(name=name)
+
+
+def raise_error(number: int, error: InputError) -> NoReturn:
+    """The `OnError` that ends the source."""
+    raise error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +58,11 @@ class Source(abc.ABC):
     unit: ClassVar[Literal["line", "row"]] = "row"
 
     @abc.abstractmethod
-    def records(self) -> Numbered:
+    def records(self, on_error: OnError = raise_error) -> Numbered:
         """The records from the first on, each with the line or row that `Origin.number` states.
 
+        Args:
+          on_error: called for each line or row that holds no record and does not hide those behind it.
         Raises:
           InputError: where the data cannot be read on, with the source's name and the place.
         """

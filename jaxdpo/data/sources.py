@@ -5,6 +5,7 @@ read in constant memory, and every message begins with the source as the user wr
 """
 
 import codecs
+import glob
 import io
 import os
 import re
@@ -12,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from jaxdpo.data.readers import json_array, json_lines, open_content
-from jaxdpo.data.records import ALLOWED, Numbered, Source
+from jaxdpo.data.files import open_content
+from jaxdpo.data.readers import json_array, json_lines
+from jaxdpo.data.records import ALLOWED, Numbered, OnError, Source, raise_error
 from jaxdpo.data.spreadsheets import csv_rows
 from jaxdpo.data.tables import ParquetFile, open_hub, open_saved
 from jaxdpo.data.tfds import open_tfds
@@ -25,6 +27,9 @@ SCHEMES: dict[str, Callable[[str, str, str], Source]] = {"hf:": open_hub, "tfds:
 
 _SPLIT = re.compile(r"(.+?)(?::([A-Za-z]\w*(?:\[[^\]]*\])?(?:\+.+)?))?", re.DOTALL)
 """A name and its split: `:train`, `:test[:10%]`, `:train+test`; a version, `:1.0.0`, is part of the name."""
+
+_PATTERN = re.compile(r"(?!hf:|tfds:|\w+://)[^\0]*[*?\[][^\0]*")
+"""A name with wildcards; the brackets of `hf:` and `tfds:` take a part of a split."""
 
 _CSV_NAME = re.compile(r".*\.csv(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL)
 _PARQUET = b"PAR1"
@@ -59,22 +64,22 @@ class JsonLines(Source):
 
     unit: ClassVar[Literal["line", "row"]] = "line"
 
-    def records(self) -> Numbered:
-        return json_lines(self.name, *self.files)
+    def records(self, on_error: OnError = raise_error) -> Numbered:
+        return json_lines(self.name, self.files[0], on_error)
 
 
 class JsonArray(Source):
     """A file that is one JSON array of objects."""
 
-    def records(self) -> Numbered:
-        return json_array(self.name, *self.files)
+    def records(self, on_error: OnError = raise_error) -> Numbered:
+        return json_array(self.name, self.files[0], on_error)
 
 
 class CsvFile(Source):
     """A CSV file with a header."""
 
-    def records(self) -> Numbered:
-        return csv_rows(self.name, *self.files)
+    def records(self, on_error: OnError = raise_error) -> Numbered:
+        return csv_rows(self.name, self.files[0], on_error)
 
 
 def open_sources(data: str) -> list[Source]:
@@ -84,11 +89,12 @@ def open_sources(data: str) -> list[Source]:
       data: one source, or several with commas between them. A source is a file of JSON lines, a JSON array, CSV or
         Parquet; a directory that `datasets.save_to_disk` wrote, or `DIRECTORY:SPLIT`; `hf:NAME[:SPLIT]`, a data set of
         the Hugging Face hub; `tfds:NAME[:SPLIT]` or `tfds:DIRECTORY[:SPLIT]`, one of TensorFlow Datasets. The split is
-        `train` unless stated. A path that exists is one source, commas and all.
+        `train` unless stated. A pattern, `DIRECTORY/*.jsonl`, stands for what it matches, in the order of the names,
+        each of them a source. A path that exists is one source, commas and wildcards and all.
     Raises:
       InputError: if a source is missing, unreadable or of no known kind; begins with its name.
     """
-    return [_open_source(name) for name in _names(data)]
+    return [_open_source(path) for name in _names(data) for path in _matches(name)]
 
 
 def _names(data: str) -> Iterator[str]:
@@ -101,6 +107,18 @@ def _names(data: str) -> Iterator[str]:
             raise InputError(f"data={data!r} names an empty source; allowed: sources with commas between; delete one")
         yield name
         parts = parts[size:]
+
+
+def _matches(name: str) -> list[str]:
+    """The paths that a pattern matches; of any other name the name."""
+    path = os.path.expanduser(name)
+    if os.path.exists(path) or not _PATTERN.fullmatch(name):
+        return [name]
+    if not (matches := sorted(glob.glob(path, recursive=True))):
+        raise InputError(
+            f"data={name!r} matches no file; {ALLOWED}; correct the pattern, in which * stands for any part of a name"
+        )
+    return matches
 
 
 def _open_source(name: str) -> Source:

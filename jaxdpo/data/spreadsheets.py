@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from jaxdpo.data.readers import no_record, open_content, text_lines
-from jaxdpo.data.records import Numbered, Record
+from jaxdpo.data.fields import Record
+from jaxdpo.data.files import open_content, text_lines
+from jaxdpo.data.readers import no_record
+from jaxdpo.data.records import Numbered, OnError, raise_error
 from jaxdpo.types import InputError
 
 CELL_LIMIT = 1 << 24
@@ -20,16 +22,17 @@ CELL_LIMIT = 1 << 24
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
-def csv_rows(name: str, path: Path) -> Numbered:
+def csv_rows(name: str, path: Path, on_error: OnError = raise_error) -> Numbered:
     """The rows below the header of a CSV file, each with its number from 0; blank lines are no rows.
 
     Args:
       name: the file as the user wrote it.
       path: where it is. Text in UTF-8 with a header; cells stand between commas, and between quotes where they hold
         commas, quotes or line ends.
+      on_error: called for each row with more or fewer cells, or with a cell that is no JSON where its field takes no
+        text.
     Raises:
-      InputError: if it is no such file, a name stands twice in the header, a row has more or fewer cells, a cell is no
-        JSON where its field takes no text, or there is no row.
+      InputError: if it is no such file, a name stands twice in the header, or there is no row.
     """
     row, where = 0, f"{name}, header"
     csv.field_size_limit(CELL_LIMIT)  # it is the process's; 131 072 unless said
@@ -39,10 +42,16 @@ def csv_rows(name: str, path: Path) -> Numbered:
             header = _checked_header(next(rows, []), where)
             where = f"{name}, row {row}"
             for cells in rows:
-                if cells:
-                    yield row, _record(header, cells, where)
-                    row += 1
-                    where = f"{name}, row {row}"
+                if not cells:
+                    continue
+                try:
+                    record = _record(header, cells, where)
+                except InputError as error:
+                    on_error(row, error)
+                else:
+                    yield row, record
+                row += 1
+                where = f"{name}, row {row}"
         except csv.Error as error:
             raise InputError(
                 f'{where}: bad CSV at line {rows.line_num} ({error}); allowed: cells between commas, in " where they '

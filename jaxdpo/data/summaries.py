@@ -82,11 +82,11 @@ def earlier(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return again, firsts[again]
 
 
-def shared(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def among(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of keys that are among others, and of the first one there that is equal to each.
 
     Example:
-      >>> shared(np.array([1, 2, 3]), np.array([3, 4, 1, 3]))
+      >>> among(np.array([1, 2, 3]), np.array([3, 4, 1, 3]))
       (array([0, 2]), array([2, 0]))
     """
     unique, first = np.unique(others, return_index=True)

@@ -7,17 +7,20 @@ loaded only for data that needs them.
 import contextlib
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxdpo.data.records import Numbered, Record, Source
+from jaxdpo.data.fields import Record
+from jaxdpo.data.records import Numbered, OnError, Source, raise_error
 from jaxdpo.hub import HUB_TIMEOUT, HubUnreachable
 from jaxdpo.types import InputError
 
 ROWS_AT_ONCE = 256
 DEFAULT_SPLIT = "train"
 
+_DATA_FILE = re.compile(r"\.(jsonl|json|ndjson|csv|parquet)(\.gz|\.zst)?$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -25,7 +28,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 class ParquetFile(Source):
     """A Parquet file."""
 
-    def records(self) -> Numbered:
+    def records(self, on_error: OnError = raise_error) -> Numbered:
         import pyarrow.parquet as pq  # 0.2 s
 
         with named_errors(f"{self.name} is no whole Parquet file"):
@@ -51,7 +54,7 @@ class ArrowDataset(Source):
 
     dataset: Any
 
-    def records(self) -> Numbered:
+    def records(self, on_error: OnError = raise_error) -> Numbered:
         def batches() -> Iterator[list[Record]]:
             for table in self.dataset.with_format("arrow").iter(ROWS_AT_ONCE):
                 columns = self.dataset.features.decode_batch(_checked(table).to_pydict())
@@ -76,10 +79,10 @@ def open_saved(name: str, directory: Path, split: str) -> ArrowDataset:
     with named_errors(f"data directory {name} cannot be read", "check its permissions"):
         content = sorted(path.name for path in directory.iterdir())
     if not {"state.json", "dataset_dict.json"} & set(content):
-        holds = ", ".join(content[:5]) or "nothing"
+        holds = f"{', '.join(content[:5])}{', …' * (len(content) > 5)}" or "nothing"
         raise InputError(
             f"data directory {name} holds {holds}; allowed: a directory written by datasets' save_to_disk, or "
-            "tfds:DIRECTORY; name data files themselves, with commas between them"
+            f"tfds:DIRECTORY; {_how_to_name_files(name, content)}"
         )
     import datasets  # 0.7 s
 
@@ -95,6 +98,14 @@ def open_saved(name: str, directory: Path, split: str) -> ArrowDataset:
     elif split:
         raise InputError(f"{name}: {directory} is one data set without splits; leave ':{split}' out")
     return _arrow_dataset(name, saved)
+
+
+def _how_to_name_files(directory: str, content: list[str]) -> str:
+    """What to do about a directory that is named in place of the data files in it."""
+    endings = Counter(match[0] for file in content if (match := _DATA_FILE.search(file)))
+    if not endings:
+        return "name data files themselves, with commas between them"
+    return f"for the files in it write '{directory.rstrip('/')}/*{endings.most_common(1)[0][0]}'"
 
 
 def open_hub(name: str, repository: str, split: str) -> ArrowDataset:

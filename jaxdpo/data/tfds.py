@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdpo.data.records import Numbered, Record, Source
+from jaxdpo.data.fields import Record
+from jaxdpo.data.records import Numbered, OnError, Source, raise_error
 from jaxdpo.data.tables import DEFAULT_SPLIT, ROWS_AT_ONCE, named_errors, numbered
 from jaxdpo.disk import writing
 from jaxdpo.types import InputError, Origin
@@ -35,7 +36,7 @@ class TfdsDataset(Source):
     data: Any
     features: Any
 
-    def records(self) -> Numbered:
+    def records(self, on_error: OnError = raise_error) -> Numbered:
         def batches() -> Iterator[list[Record]]:
             for start in range(0, len(self.data), ROWS_AT_ONCE):
                 rows = range(start, min(start + ROWS_AT_ONCE, len(self.data)))

@@ -12,7 +12,7 @@ is passed in: anything that Hugging Face's `AutoTokenizer` returns.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from jaxdpo.data.encoding import EncodingFacts, encode, encoding_facts
 from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.types import InputError, Preference
 
+Use = Literal["compare", "imitate", "score"]
+"""What the completions of a preference are for."""
 CHUNK = 1024
 """Preferences per call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar."""
 CHUNK_CHARACTERS = 1_000_000
@@ -37,8 +39,9 @@ class PreferenceTokenizer:
       max_length: tokens that the prompt and any one completion (its EOS included) may have together. Longer paths are
         cut: a completion keeps its start, up to half of `max_length` or what the prompt leaves; the prompt keeps its
         end, behind the tokenizer's prefix, as much as its longest completion leaves.
-      best_only: only the best completion of each preference stays, the first of those that tie, to be imitated; of
-        completions with a label those that are good.
+      use: "compare": the completions of a preference have to differ. "imitate": the best of each stays, the first of
+        those that tie; of completions with a label those that are good. "score": all stay, and nothing else of the
+        record.
       score_prompt: a completion is the prompt's text and its own. The prompt is what predicts its first token: what the
         tokenizer puts before a text or an empty prompt, or the first token that a chat template wrote.
     Raises:
@@ -47,7 +50,7 @@ class PreferenceTokenizer:
 
     tokenizer: Any
     max_length: int
-    best_only: bool = False
+    use: Use = "compare"
     score_prompt: bool = False
 
     def __post_init__(self) -> None:
@@ -70,13 +73,12 @@ class PreferenceTokenizer:
 
     def _kept(self, preference: Preference) -> Preference | Unusable:
         """What of a preference is tokenised."""
-        if not self.best_only:
+        if self.use == "compare":
             return preference
-        if preference.label is False:
+        if self.use == "imitate" and preference.label is False:
             return Unusable("the completion is a bad one, and only the best are asked for")
-        return dataclasses.replace(
-            preference, completions=preference.completions[:1], ranks=None, label=None, margin=None
-        )
+        completions = preference.completions if self.use == "score" else preference.completions[:1]
+        return dataclasses.replace(preference, completions=completions, ranks=None, label=None, margin=None)
 
     def _group(self, preference: Preference, ids: Iterator[np.ndarray]) -> TokenizedGroup | Unusable:
         """Applies the rules for BOS, EOS and over-long paths to the ids of the bare texts, which are taken."""
@@ -95,8 +97,8 @@ class PreferenceTokenizer:
         completion_limit = max(self.max_length // 2, self.max_length - len(prefix) - len(text))
         cut = [ids[:completion_limit] for ids in completions]
         longest = max(map(len, cut))
-        if len({ids.tobytes() for ids in cut}) < len(cut):
-            return Unusable(f"two completions have the same first {longest} tokens")
+        if self.use == "compare" and len({ids.tobytes() for ids in cut}) < len(cut):
+            return Unusable("two completions are equal once they are cut")
         kept = text[max(0, len(text) - (self.max_length - longest - len(prefix))) :]
         return TokenizedGroup(
             prompt=np.concatenate([prefix, kept]),
@@ -145,7 +147,7 @@ def tokenize_dataset(
     tokenizer: Any,
     max_length: int,
     *,
-    best_only: bool = False,
+    use: Use = "compare",
     score_prompt: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> TokenizedDataset:
@@ -155,16 +157,16 @@ def tokenize_dataset(
       preferences: prompts and completions as text.
       tokenizer: a Hugging Face tokenizer.
       max_length: tokens that a prompt and any one completion may have together.
-      best_only: see `PreferenceTokenizer`.
+      use: see `PreferenceTokenizer`.
       score_prompt: see `PreferenceTokenizer`.
       progress: called with the number of preferences done since its last call, as `tqdm.update` wants it.
     Raises:
       InputError: as `tokenize_preference`, if no preference is usable, and if some have a label and others none.
     """
-    to_groups = PreferenceTokenizer(tokenizer, max_length, best_only, score_prompt)
+    to_groups = PreferenceTokenizer(tokenizer, max_length, use, score_prompt)
     groups: list[TokenizedGroup] = []
     dropped: list[tuple[Any, str]] = []
-    check = one_kind(best_only)
+    check = one_kind(use)
     for chunk in chunks(preferences):
         for item, group in zip(chunk, to_groups(chunk), strict=True):
             check(item)
@@ -196,18 +198,18 @@ def chunks(preferences: Iterable[Preference]) -> Iterator[list[Preference]]:
         yield chunk
 
 
-def one_kind(best_only: bool) -> Callable[[Preference], None]:
+def one_kind(use: Use) -> Callable[[Preference], None]:
     """A check of one preference after another: InputError if some have a label and others none.
 
     Args:
-      best_only: labels do not matter, because every completion that stays is imitated.
+      use: unless completions are compared, labels do not matter.
     """
     first: Preference | None = None
 
     def check(item: Preference) -> None:
         nonlocal first
         first = first or item
-        if not best_only and (item.label is None) != (first.label is None):
+        if use == "compare" and (item.label is None) != (first.label is None):
             raise InputError(
                 f"{item.origin}: label is {item.label}, but {first.label} in {first.origin}; "
                 "allowed: true or false in all records, or a label in none; make two datasets"

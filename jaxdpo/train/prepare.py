@@ -18,7 +18,7 @@ from jaxdpo.data.load import Loaded, load_dataset
 from jaxdpo.data.packing import Layout
 from jaxdpo.data.plan import StepPlan
 from jaxdpo.data.sources import open_sources
-from jaxdpo.hf import load_config, load_hf, load_tokenizer
+from jaxdpo.hf import hf_generation_config, load_config, load_hf, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
@@ -113,6 +113,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     print(f"model      {config.model}, from {source}")
     architecture = load_config(source, head=recipe.head)
     tokenizer = load_tokenizer(source)
+    hf_generation_config(source)  # kept with the run: one that is damaged is found before anything is written
     shares = (config.data_shares, None)  # held-out data is seen as it is
     data = [_load(*item, tokenizer, config, recipe) for item in zip(names, shares, strict=False)]
     for _, dataset in data:
@@ -148,7 +149,8 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     meta = {
         "config": dataclasses.asdict(config),
         "head": recipe.head,
-        "data": [item.loaded.digest for item in data],
+        "data": [item.loaded.content for item in data],
+        "tokens": [item.loaded.digest for item in data],
         "initial_params": tree_digests(params),
     }
     learning_rate = warmup_schedule(config.learning_rate, config.warmup_steps)
@@ -193,6 +195,8 @@ def _load(name: str, weights: tuple[float, ...] | None, tokenizer: Any, config: 
         )
     print(f"data       {loaded.summary()}")
     print(f"tokens     {loaded.dataset.summary()}")
+    if loaded.dataset.dropped.total > len(loaded.dataset.dropped.first):
+        print(f"           all that was dropped is named in {loaded.directory / 'dropped.jsonl'}")
     if loaded.audit is not None:
         print(*summary(loaded.audit), sep="\n")
     return Data(loaded, recipe.adapt(config, loaded.dataset))

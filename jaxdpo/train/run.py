@@ -136,11 +136,15 @@ def _starting_step(checkpoints: Checkpoints, total: int) -> int:
         return 0
     path = checkpoints.directory / str(checkpoints.latest_step)
     saved = read_meta(path)
-    for name, what in (("data", "data files"), ("initial_params", "model's weights")):
+    for name, what in (
+        ("data", "data"),
+        ("tokens", "tokens of the same data (another tokenizer, or a chat template that writes the day's date)"),
+        ("initial_params", "model's weights"),
+    ):
         if saved[name] != checkpoints.meta[name]:
             raise InputError(
-                f"{path} was trained from other {what} than these; allowed: the same; fix: bring back the {what} of "
-                "that run, or give another --output-dir"
+                f"{path} was trained from other {what} than these; allowed: the same; fix: bring back those of that "
+                "run, or give another --output-dir"
             )
     if saved["step"] > total:
         raise InputError(

@@ -84,7 +84,7 @@ class RunDir:
 
 def read_yaml(path: Path) -> dict:
     """A YAML 1.2 mapping (`1e-6` is a float, `no` is a text); InputError with the line otherwise."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, it takes every text for a path
         raise InputError(f"{path} does not exist; allowed: a YAML file of options; fix: check the path")
     try:
         mapping = ruamel.yaml.YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -95,8 +95,7 @@ def read_yaml(path: Path) -> dict:
     except (ruamel.yaml.error.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}); {_YAML}; write it again") from error
     if not isinstance(mapping, dict):
-        holds = "nothing" if mapping is None else f"a {type(mapping).__name__}"
-        raise InputError(f"{path} holds {holds}; {_YAML}")
+        raise InputError(f"{path} holds no options; {_YAML}")
     return mapping
 
 
@@ -122,9 +121,10 @@ def claim(config: Config) -> Config:
         none.
     """
     run = RunDir(Path(config.output_dir))
-    if run.root.exists() and not run.root.is_dir():
-        raise InputError(f"--output-dir {run.root} is a file; allowed: a directory, new or this run's own")
-    if _same_place(config.model, config.output_dir):
+    if os.path.lexists(run.root) and not run.root.is_dir():
+        kind = "file" if run.root.exists() else "broken link"
+        raise InputError(f"--output-dir {run.root} is a {kind}; allowed: a directory, new or this run's own")
+    if _same_place(config.output_dir, config.model):
         raise InputError(
             f"--output-dir {run.root} is the model's directory; allowed: one of the run's own; name another"
         )

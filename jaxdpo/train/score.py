@@ -39,6 +39,11 @@ def score(config: ScoreConfig) -> None:
         raise InputError(f"--output {output} exists; allowed: a new file; fix: name another, or remove it")
     if not (above := next(path for path in output.absolute().parents if path.exists())).is_dir():
         raise InputError(f"--output {output}: {above} is a file; allowed: a new file in a directory; name another")
+    partial = output.with_name(f".{output.name}.partial")
+    with writing(output):  # before anything costs time
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
     open_sources(config.data)  # before a model is downloaded
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source)
@@ -47,7 +52,9 @@ def score(config: ScoreConfig) -> None:
     with jax.set_mesh(mesh):
         decoder, params = load_reward_model(source, compute_dtype=config.dtype or default_dtype(devices), mesh=mesh)
         with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=None) as bar:
-            loaded = load_dataset(config.data, tokenizer, config.max_length, format=config.format, progress=bar.update)
+            loaded = load_dataset(
+                config.data, tokenizer, config.max_length, format=config.format, use="score", progress=bar.update
+            )
         dataset = loaded.dataset
         print(f"data       {loaded.summary()}")
         print(f"tokens     {dataset.summary()}")
@@ -55,7 +62,7 @@ def score(config: ScoreConfig) -> None:
         tokens = config.microbatch_tokens or default_microbatch_tokens(devices)
         layout = choose_capacity(
             [dataset],
-            [np.arange(len(dataset))[:: max(1, len(dataset) // 4096)]],
+            [np.arange(len(dataset))[:: -(-len(dataset) // 4096)]],
             max_microbatch_tokens=tokens * batch_size_multiple(mesh),
             row_multiple=batch_size_multiple(mesh),
         )
@@ -67,20 +74,18 @@ def score(config: ScoreConfig) -> None:
             label="score",
             total=len(dataset),
         )
-    partial = output.with_name(f".{output.name}.partial")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
+    try:
+        with writing(output), open(partial, "w", encoding="utf-8") as file:
             for line in _lines(config, loaded, found.rewards):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial.replace(output)
-    best, mean = found.rewards[:, 0], found.rewards[found.mask].mean()
-    print(f"rewards    {int(found.mask.sum()):,} completions, mean {mean:+.4f}")
-    if dataset.candidates > 1 and not dataset.labelled:
-        ahead = np.sign(best[:, None] - found.rewards[:, 1:])[found.mask[:, 1:]]
-        print(
-            f"accuracy   {float((1 + ahead).mean() / 2):.4f} of the others, each compared with the best of its record"
-        )
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"rewards    {int(found.mask.sum()):,} completions, mean {found.rewards[found.mask].mean():+.4f}")
+    if dataset.candidates > 1:
+        ahead = np.sign(found.rewards[:, :1] - found.rewards[:, 1:])[found.mask[:, 1:]]
+        share = float((1 + ahead).mean() / 2)
+        print(f"accuracy   {share:.4f} of the others, each compared with the first of its record")
     print(f"output     {output}")
 
 
@@ -100,11 +105,11 @@ def _lines(config: ScoreConfig, loaded: Loaded, rewards: np.ndarray) -> Iterator
 
 
 def _line(content: Content, rewards: np.ndarray, origin: Origin) -> dict[str, Any]:
-    for_template = {"tools": content.tools, "chat_template_kwargs": content.chat_template_kwargs}
+    others = ("label", "margin", "tools", "chat_template_kwargs")
     return {
         "prompt": content.prompt,
         "completions": list(content.completions),
         "scores": [float(reward) for reward in rewards[: len(content.completions)]],
-        **{name: value for name, value in for_template.items() if value is not None},
+        **{name: value for name in others if (value := getattr(content, name)) is not None},
         **origin._asdict(),
     }

@@ -20,7 +20,7 @@ def run_sft(config: SFTConfig, *, devices: Sequence[jax.Device] | None = None) -
 
 
 def _selection(config: SFTConfig) -> dict[str, Any]:
-    return {"best_only": True, "score_prompt": not config.completion_only_loss}
+    return {"use": "imitate", "score_prompt": not config.completion_only_loss}
 
 
 def _choose_loss(config: SFTConfig, datasets: Sequence[TokenizedDataset]) -> LossSpec:

@@ -276,12 +276,12 @@ def test_the_rules_are_those_of_the_table():
 
 def test_dropped_records_are_grouped_by_their_reason():
     audit = audited(*CLEAN)
-    for line, limit in ((50, 30), (51, 31)):
-        audit.drop(Origin("a.jsonl", line), f"two completions have the same first {limit} tokens")
+    for line in (50, 51):
+        audit.drop(Origin("a.jsonl", line), "two completions are equal once they are cut")
     audit.drop(Origin("b.csv", 3, "row"), "a completion is empty")
     dropped = {item["what"]: item["records"] for item in audit.result()["findings"]}
     assert dropped == {
-        "dropped: two completions have the same first N tokens": ["a.jsonl, line 50", "a.jsonl, line 51"],
+        "dropped: two completions are equal once they are cut": ["a.jsonl, line 50", "a.jsonl, line 51"],
         "dropped: a completion is empty": ["b.csv, row 3"],
     }
     assert audit.result()["records"] == len(CLEAN) + 3
@@ -318,6 +318,19 @@ def test_a_source_that_breaks_off_is_an_error():
     audit = audited(*CLEAN)
     audit.stop("a.jsonl.gz, behind line 39: the compressed stream is broken")
     assert found(audit) == {"unreadable": ("error", 1, ["a.jsonl.gz, behind line 39: the compressed stream is broken"])}
+
+
+def test_fields_that_are_not_read_are_a_note():
+    audit = audited(*CLEAN)
+    audit.ignore("a.jsonl", {"id": 1200, "x" * 99: 1})
+    severity, count, (text,) = found(audit)["unread_field"]
+    assert (severity, count) == ("note", 1)
+    assert text == f"a.jsonl: 'id' in 1,200, 'xx{'x' * 37} in 1"
+
+
+def test_what_has_no_count_shows_none():
+    lines = report(Audit().result())
+    assert "error              no record is usable; correct the data; there is nothing to train on" in lines
 
 
 def test_no_record_at_all_is_an_error():

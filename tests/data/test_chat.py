@@ -84,7 +84,6 @@ STRICT = (
         pytest.param(THINKS, "'[user]2+2?[end][assistant]<think>'", "'[user]2+2?[end][assistant]4[end]'", id="more"),
         pytest.param(SUMS, "'[1][user]2+2?[end][assistant]'", "'[2][user]2+2?[end][assistant]4[end]'", id="counted"),
         pytest.param(STRIPS, "'[user]2+2?[end][assistant]'", "'[user][end][assistant]4[end]'", id="stripped"),
-        pytest.param("{{ messages[0].content }}", "'2+2?'", "'2+2?'", id="nothing of the completion"),
     ],
 )
 def test_a_prompt_that_the_conversation_does_not_begin_with_is_an_error(template, alone, before):
@@ -94,6 +93,13 @@ def test_a_prompt_that_the_conversation_does_not_begin_with_is_an_error(template
         f"chats.jsonl, line 3: completion 1 of 2: the chat template writes the prompt as {alone} when it stands alone "
         f"and as {before} before this completion; allowed: a prompt that the conversation begins with; "
     )
+
+
+def test_a_template_that_writes_nothing_of_the_completion_is_an_error():
+    with pytest.raises(
+        InputError, match=r"^chats.jsonl, line 3: completion 1 of 2: the chat template writes nothing of"
+    ):
+        preference(PAIR, "{{ messages[0].content }}")
 
 
 def test_a_variable_can_make_the_prompt_the_beginning():

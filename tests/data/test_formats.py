@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdpo.data.chat import plain
-from jaxdpo.data.formats import FORMATS, Unusable, detect_format, implicit, preference_of
+from jaxdpo.data.formats import FORMATS, PROMPT_NAMES, READS, Unusable, detect_format, implicit, preference_of
 from jaxdpo.types import UNRANKED, InputError, Origin, Preference
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
@@ -267,6 +267,121 @@ def test_a_record_that_fits_several_formats_is_not_guessed_at(other, names):
     assert preference(record, "pairs").completions == (" yes", " no")
 
 
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({**IMPLICIT, "question": "Q:"}, "'question' may hold the prompt, which the format 'implicit' would leave out"),
+        ({"system": "", "Question": "Q:", **IMPLICIT}, "'system' and 'Question' may hold the prompt, which the format"),
+        ({**IMPLICIT, "conversations": [{"from": "human", "value": "Q"}]}, "'conversations' may hold the prompt, "),
+        ({**HH, "instruction": "Q:"}, "'instruction' may hold the prompt, which the format 'hh' would leave out; got "),
+        ({"text": "yes", "prompt": "Q:"}, "'prompt' may hold the prompt, which the format 'text' would leave out; got"),
+    ],
+)
+def test_a_prompt_by_another_name_is_not_left_out(record, complaint):
+    with pytest.raises(InputError) as error:
+        detect_format(record)
+    assert str(error.value).startswith(complaint)
+    assert f"got the fields {sorted(record)}; allowed: the whole prompt in the field 'prompt', or none" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PROMPT_NAMES))
+def test_the_message_about_a_prompt_says_how_to_go_on(name):
+    with pytest.raises(InputError, match=r"; rename it to 'prompt', or give --format implicit$"):
+        detect_format({**IMPLICIT, name.title(): "Q:"})
+    with pytest.raises(InputError, match=r"; rename it to 'prompt' and 'text' to 'completion', or give --format text$"):
+        detect_format({"text": "yes", name: "Q:"})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**IMPLICIT, "question": None, "question_id": "7", "user": 7},
+        {**IMPLICIT, "system": {"name": "x"}},
+    ],
+)
+def test_fields_that_hold_no_text_are_no_prompts(record):
+    assert detect_format(record) == "implicit"
+
+
+GPT = {"from": "gpt", "value": "4"}
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"conversations": [{"from": "human", "value": "2+2?"}], "chosen": GPT, "rejected": GPT}, "chosen"),
+        ({"conversations": [{"from": "human", "value": "2+2?"}, GPT]}, "conversations"),
+        ({"prompt": "2+2?", "chosen": [GPT], "rejected": [GPT]}, "chosen"),
+        ({"messages": [GPT]}, "messages"),
+    ],
+)
+def test_sharegpt_is_told_how_to_write_messages(record, field):
+    complaint = rf"field '{field}' holds 'from' and 'value', as ShareGPT and LLaMA-Factory do; .*rename \"from\" to"
+    with pytest.raises(InputError, match=f"^{complaint}"):
+        detect_format(record)
+    if field == "chosen":
+        for name in ("implicit", "pairs", "messages"):
+            with pytest.raises(InputError, match=rf"^data\.jsonl, line 3: {complaint}"):
+                preference({"prompt": [ASK] if name == "messages" else "Q:", **record}, name)
+
+
+def test_other_fields_may_be_like_sharegpt():
+    assert detect_format({**PAIR, "conversations": [GPT], "meta": GPT}) == "pairs"
+
+
+def test_a_single_message_is_to_be_written_as_a_list():
+    assert detect_format({"chosen": SAY, "rejected": SAY}) == "messages"
+
+
+OPTIONAL = {
+    "margin": 1.0,
+    "scores": [1, 2, 3],
+    "label": True,
+    "tools": [],
+    "chat_template_kwargs": {},
+    "prompt": [{"role": "user", "content": "Q"}],
+}
+
+
+class Watched(dict):
+    """A record that remembers which of its fields were asked for."""
+
+    def __init__(self, record):
+        super().__init__(record)
+        self.seen = set()
+
+    def __getitem__(self, field):
+        self.seen.add(field)
+        return super().__getitem__(field)
+
+    def get(self, field, default=None):
+        self.seen.add(field)
+        return super().get(field, default)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_fields_that_a_format_reads_are_those_of_the_table(name):
+    say = [MESSAGES["messages"][1]]
+    layouts = {
+        "messages": [
+            MESSAGES,
+            {"chosen": say, "rejected": say},
+            {"completions": [say] * 3},
+            {"completions": [say] * 3, "scores": None, "ranks": [1, 2, 3]},
+            {"completion": say},
+        ],
+        "ranked": [RANKED, {**RANKED, "scores": None, "ranks": [1, 2, 3]}],
+    }
+    seen = set()
+    for layout in layouts.get(name, [RECORDS[name]]):
+        record = Watched({"id": 7, **OPTIONAL, **layout})
+        FORMATS[name](record)
+        seen |= record.seen
+    assert seen == READS[name]
+
+
 @pytest.mark.parametrize(("margin", "value"), [(2, 2.0), (-0.5, -0.5), (0, 0.0), (None, None)])
 @pytest.mark.parametrize("name", COMPARED)
 def test_margin(name, margin, value):
@@ -280,7 +395,8 @@ def test_margin(name, margin, value):
         (True, "a boolean; allowed: a finite number"),
         (math.nan, "nan; allowed: a finite number"),
         (math.inf, "inf; allowed: a finite number"),
-        (10**400, "a whole number of 401 digits; allowed: a number that a float holds"),
+        (10**400, r"a whole number of 401 digits; allowed: a number from -3.4e\+38 to 3.4e\+38"),
+        (-1e39, r"-1e\+39; allowed: a number from -3.4e\+38 to 3.4e\+38, as float32 holds it"),
     ],
 )
 @pytest.mark.parametrize("name", COMPARED)

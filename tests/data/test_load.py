@@ -77,7 +77,7 @@ def test_the_second_start_reads_the_entry_alone(pairs, passes, monkeypatch):
         {"tokenizer": toy_tokenizer(bos="<eos>")},
         {"max_length": 63},
         {"format": "pairs"},
-        {"best_only": True},
+        {"use": "imitate"},
         {"score_prompt": True},
     ],
 )
@@ -119,7 +119,7 @@ def test_weights_do_not_change_the_entry(pairs, passes):
     weighed = load_dataset(pairs, SMOLLM_LIKE, 64, weights=[0.5])
     assert len(passes) == 1
     assert weighed.weights == (0.5,) and weighed.summary() == f"{pairs}: 5 preferences (pairs), 0.5 times an epoch"
-    with pytest.raises(InputError, match="2 weights for 1 sources; allowed: one for each"):
+    with pytest.raises(InputError, match="2 data weights for 1 sources; allowed: one for each"):
         load_dataset(pairs, SMOLLM_LIKE, 64, weights=[1, 1])
 
 
@@ -151,7 +151,7 @@ def test_judged_and_compared_completions_do_not_mix_across_sources(pairs, tmp_pa
     first, second = [pairs, judged][::turn]
     with pytest.raises(InputError, match=f"^{second}, line 1: label is .*, but .* in {first}, line 1; allowed"):
         load_dataset(f"{first},{second}", SMOLLM_LIKE, 64)
-    imitated = load_dataset(f"{first},{second}", SMOLLM_LIKE, 64, best_only=True)
+    imitated = load_dataset(f"{first},{second}", SMOLLM_LIKE, 64, use="imitate")
     assert not imitated.dataset.labelled and imitated.dataset.candidates == 1
     assert imitated.dataset.dropped.total == 2  # the bad ones
     assert f"{pairs}: 5 completions (pairs)" in imitated.summary()
@@ -170,8 +170,11 @@ class Watching:
     def __init__(self):
         self.seen, self.dropped = [], []
 
-    def see(self, preference, group):
+    def see(self, preference, group, also=()):
         self.seen.append((preference.origin.number, group is not None))
+
+    def ignore(self, source, fields):
+        assert not fields
 
     def drop(self, origin, reason):
         self.dropped.append((origin.number, reason))

@@ -147,10 +147,10 @@ def test_a_step_of_a_million_groups_is_found_without_going_over_them():
         ({"seed": -1}, "seed=-1; allowed: 0 or more"),
         ({"sizes": (5, 0)}, r"sizes=\(5, 0\); allowed: at least one source, each of 1 group or more"),
         ({"sizes": ()}, r"sizes=\(\); allowed: at least one source"),
-        ({"weights": (1.0,)}, "1 weights for 2 sources; allowed: one for each; add or drop some"),
-        ({"weights": (1.0, 0.0)}, "weight 0.0; allowed: a number above 0; leave out the source"),
-        ({"weights": (1.0, math.nan)}, "weight nan; allowed: a number above 0"),
-        ({"weights": (math.inf, 1.0)}, "weight inf; allowed: a number above 0"),
+        ({"weights": (1.0,)}, "1 data weights for 2 sources; allowed: one for each; add or drop some"),
+        ({"weights": (1.0, 0.0)}, "data weight 0.0; allowed: a number above 0, at most 1000; leave out the source"),
+        ({"weights": (1.0, math.nan)}, "data weight nan; allowed: a number above 0"),
+        ({"weights": (math.inf, 1.0)}, "data weight inf; allowed: a number above 0, at most 1000"),
     ],
 )
 def test_plan_refuses_what_it_cannot_do(wrong, message):

@@ -70,7 +70,7 @@ def test_byte_order_mark_is_skipped(read):
         (b"prompt,chosen,rejected\na,b,c", r"^data\.jsonl, line 1: bad JSON .* CSV in a file whose name ends in \.csv"),
         (LINE + b"\n" + b"[" * 100_000, r"^data\.jsonl, line 2: bad JSON"),
         (LINE + b'\n{"a": ' + b"1" * 5000 + b"}", r"^data\.jsonl, line 2: bad JSON \(Exceeds the limit"),
-        (LINE + b"\nnull", r"^data\.jsonl, line 2: got a JSON NoneType; allowed: a JSON object"),
+        (LINE + b"\nnull", r"^data\.jsonl, line 2: got null; allowed: a JSON object"),
         (LINE + b'\n{"prompt": "\xe9"}', r"^data\.jsonl, line 2: byte 0xe9 at offset 12 is not UTF-8"),
         (
             gzip.compress((LINE + b"\n") * 10_000)[:-12],
@@ -87,6 +87,18 @@ def test_byte_order_mark_is_skipped(read):
 def test_broken_lines(read, content, complaint):
     with pytest.raises(InputError, match=complaint):
         read(content)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", '{"prompt": "Q:",', '{"prompt": [', '  {"prompt": {"a": 1},  '],
+    ids=["brace", "comma", "list", "space"],
+)
+def test_an_object_on_several_lines_is_recognised(read, line):
+    with pytest.raises(InputError, match=r"line 1: bad JSON .*; correct the line, or write the object on one line$"):
+        read(line.encode() + b"\n}")
+    with pytest.raises(InputError, match=r"line 1: bad JSON .*; correct the line$"):
+        read(b'{"prompt": "Q:"')
 
 
 # --- JSON arrays
@@ -110,7 +122,7 @@ def test_arrays_are_read_through_a_window_of_any_size(read, monkeypatch, chunk):
     [
         (b"[]", r"^data\.jsonl holds no record"),
         (b"[", r"^data\.jsonl, row 0: bad JSON \(Expecting value\); got ''"),
-        (b"[{}, 1]", r"^data\.jsonl, row 1: got a JSON int; allowed: a JSON object"),
+        (b"[{}, 1]", r"^data\.jsonl, row 1: got 1; allowed: a JSON object"),
         (b"[{}, {'a': 1}]", r"^data\.jsonl, row 1: bad JSON \(Expecting property name"),
         (b"[{},]", r"^data\.jsonl, row 1: bad JSON \(Expecting value\); got '\]'"),
         (b"[{} {}]", r"^data\.jsonl, behind row 0: bad JSON; got '\{'; allowed: , or \]"),
@@ -238,6 +250,64 @@ def test_cells_may_be_long(read):
 def test_broken_csv(read, content, complaint):
     with pytest.raises(InputError, match=complaint):
         read(content, "data.csv")
+
+
+# --- going on behind an error
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "records", "errors"),
+    [
+        (
+            b'\n{"a": 1}\n{\n[1]\n{"a": "\xe9"}\n \n{"a": 2}\n{"a"',
+            "data.jsonl",
+            [(2, {"a": 1}), (7, {"a": 2})],
+            [(3, "bad JSON"), (4, "got a list"), (5, "byte 0xe9 at offset 7"), (8, "bad JSON")],
+        ),
+        (
+            b'[{"a": 1}, 7, {"a": "\xe9"}, {"a": 2}, null]',
+            "data.json",
+            [(0, {"a": 1}), (3, {"a": 2})],
+            [(1, "got 7"), (2, "byte 0xe9 is not UTF-8"), (4, "got null")],
+        ),
+        (
+            b"a,ranks\n1,\n2\n\n3,x\n4,[1]\n5,[1],\n",
+            "data.csv",
+            [(0, {"a": "1", "ranks": None}), (3, {"a": "4", "ranks": [1]})],
+            [(1, "1 cells below 2 names"), (2, "cell 'ranks' is no JSON"), (4, "3 cells below 2 names")],
+        ),
+    ],
+)
+def test_what_stands_behind_an_error_is_read_where_it_is_asked_for(tmp_path, content, name, records, errors):
+    path = tmp_path / name
+    path.write_bytes(content)
+    (source,) = open_sources(str(path))
+    found = []
+    assert list(source.records(lambda number, error: found.append((number, str(error))))) == records
+    assert [number for number, _ in found] == [number for number, _ in errors]
+    for (number, message), (_, complaint) in zip(found, errors, strict=True):
+        assert message.startswith(f"{path}, {source.unit} {number}: {complaint}")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "complaint"),
+    [
+        (gzip.compress((LINE + b"\n") * 10_000)[:-12], "data.jsonl", "the compressed stream is broken"),
+        (b"[{}, {oops}, {}]", "data.json", "row 1: bad JSON"),
+        (b'a,b\n1,"2\n', "data.csv", "row 0: bad CSV"),
+        (b"{", "data.jsonl", None),
+        (b" ", "data.jsonl", "holds no record"),
+    ],
+)
+def test_a_stream_that_is_broken_ends_the_source(tmp_path, content, name, complaint):
+    path = tmp_path / name
+    path.write_bytes(content)
+    records = open_sources(str(path))[0].records(lambda number, error: None)
+    if complaint is None:
+        assert list(records) == []
+    else:
+        with pytest.raises(InputError, match=complaint):
+            list(records)
 
 
 # --- Parquet

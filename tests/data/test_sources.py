@@ -121,9 +121,15 @@ def test_foreign_files_are_named(write, content, what):
         ("pipe", r"^data file pipe cannot be read, it is no regular file; allowed: "),
         (
             "full",
-            r"^data directory full holds a\.jsonl, b\.jsonl; allowed: a directory written by datasets' save_to_dis",
+            r"^data directory full holds a\.jsonl, b\.jsonl; allowed: a directory written by datasets' save_to_disk, "
+            r"or tfds:DIRECTORY; for the files in it write 'full/\*\.jsonl'$",
         ),
-        ("empty", r"^data directory empty holds nothing"),
+        ("full/", r"; for the files in it write 'full/\*\.jsonl'$"),
+        ("empty", r"^data directory empty holds nothing; .*; name data files themselves, with commas between them$"),
+        ("full/*.csv", r"^data='full/\*\.csv' matches no file; allowed: JSON lines, .*; correct the pattern"),
+        ("full/a.jsonl,b[0]", r"^data='b\[0\]' matches no file"),
+        ("*", r"^data directory empty holds nothing"),
+        ("s3://full/*", r"^data file s3://full/\* cannot be read .*; download it, then name the file"),
         ("", r"^data='' names an empty source"),
         ("full/a.jsonl,", r"^data='full/a\.jsonl,' names an empty source"),
         ("full/a.jsonl,gone.jsonl", r"^data file gone\.jsonl cannot be read"),
@@ -146,9 +152,7 @@ def test_names_of_nothing(tmp_path, monkeypatch, name, complaint):
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that can be opened and not read")
 def test_a_disk_that_does_not_give_the_bytes():
-    with pytest.raises(
-        InputError, match=r"^data file /proc/self/mem cannot be read \(Input/output error"
-    ):
+    with pytest.raises(InputError, match=r"^data file /proc/self/mem cannot be read \(Input/output error"):
         open_sources("/proc/self/mem")
 
 
@@ -157,6 +161,32 @@ def test_several_sources_stand_between_commas(write):
         write(LINES, name)
     names = [source.name for source in open_sources("a.jsonl, d,b,c.jsonl,a.jsonl")]
     assert names == ["a.jsonl", "d", "b,c.jsonl", "a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jsonl", ["a.jsonl", "b.jsonl"]),
+        ("?.json*,b.jsonl", ["a.jsonl", "b.jsonl", "c.json", "b.jsonl"]),
+        ("[!a].jsonl", ["b.jsonl"]),
+        ("sub/**/*.jsonl", ["sub/d.jsonl", "sub/sub/e.jsonl"]),
+        ("f*.jsonl", ["f*.jsonl"]),
+    ],
+)
+def test_a_pattern_stands_for_the_files_that_it_matches(write, pattern, names):
+    Path("sub/sub").mkdir(parents=True)
+    for name in ("b.jsonl", "a.jsonl", "c.json", "sub/sub/e.jsonl", "sub/d.jsonl"):
+        write(LINES, name)
+    if pattern.startswith("f"):
+        write(LINES, "f*.jsonl")
+        write(LINES, "f2.jsonl")
+    assert [source.name for source in open_sources(pattern)] == names
+
+
+def test_a_pattern_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data.jsonl").write_bytes(LINES)
+    assert [source.name for source in open_sources("~/*.jsonl")] == [str(tmp_path / "data.jsonl")]
 
 
 def test_a_path_is_what_it_is_called(write):

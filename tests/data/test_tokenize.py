@@ -188,7 +188,7 @@ def test_the_best_completion_alone():
         preference("x", "h", line=5),
         preference("x", "long one", "long one too", line=6),
     ]
-    dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8, best_only=True)
+    dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8, use="imitate")
     assert [as_lists(group)[1:] for group in dataset.groups[:4]] == [[[*ids(text), EOS]] for text in "acfh"]
     assert {(group.ranks, group.label, group.margin) for group in dataset.groups} == {(None, None, None)}
     assert [group.origin.number for group in dataset.groups] == [1, 2, 3, 5, 6]
@@ -224,7 +224,7 @@ def test_max_length_too_small(max_length):
 
 
 def test_completions_that_become_identical_are_unusable():
-    with pytest.raises(Unusable, match="two completions have the same first 4 tokens"):
+    with pytest.raises(Unusable, match="two completions are equal once they are cut"):
         tokenize_preference(preference("x" * 9, "same start", "same end"), SMOLLM_LIKE, 8)
 
 
@@ -282,14 +282,14 @@ def test_dataset_counts_what_was_cut_and_names_what_was_dropped():
     dataset = tokenize_dataset(preferences, SMOLLM_LIKE, 8)
     assert [group.origin.number for group in dataset.groups] == [1, 4]
     assert dataset.dropped.first == [
-        (Origin("data.jsonl", 2), "two completions have the same first 4 tokens"),
+        (Origin("data.jsonl", 2), "two completions are equal once they are cut"),
         (Origin("data.jsonl", 5), "a completion has no tokens"),
     ]
     assert (dataset.truncated_prompts, dataset.truncated_completions) == (1, 2)
     assert dataset.summary() == (
         f"2 groups, {3 + 2 + 2 + 4 + 4 + 4} tokens of which {2 + 2 + 4 + 4} are scored, "
         "1 prompts lost their beginning, 2 completions lost their end, "
-        "dropped 2: row 1 (line 2): two completions have the same first 4 tokens; "
+        "dropped 2: row 1 (line 2): two completions are equal once they are cut; "
         "row 4 (line 5): a completion has no tokens"
     )
 

@@ -226,7 +226,7 @@ def test_other_weights_other_data_and_fewer_steps_are_refused(inputs, tmp_path, 
     message = refused([*command, "--max-steps", "1"])
     assert message.startswith(f"jaxdpo: error: {latest} is past the 1 steps asked for; allowed: at least 2; fix: raise")
     tiny.write_pairs(own.data, range(1, 25))
-    assert f"{latest} was trained from other data files than these" in refused(command)
+    assert f"{latest} was trained from other data than these" in refused(command)
     shutil.copy(inputs.data, own.data)
     shutil.rmtree(own.model)
     tiny.write_model(own.model, seed=1)

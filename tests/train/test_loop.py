@@ -63,7 +63,7 @@ class Result:
         self.writer = MetricsWriter(tmp_path / "metrics.jsonl", resume_step=0)
         self.checkpoints = Checkpoints(tmp_path / "checkpoints", {})
         save = self.checkpoints.save
-        self.checkpoints.save = lambda state: (self.saved.append(int(state.step)), save(state))
+        self.checkpoints.save = lambda state, *metrics: (self.saved.append(int(state.step)), save(state, *metrics))
         groups = [[(pairs * step + i) % len(DATA) for i in range(pairs)] for step in range(total)]
 
         def evaluate(state):

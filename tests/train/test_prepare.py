@@ -49,7 +49,7 @@ def test_as_many_devices_as_divide_the_width_split_the_parameters(inputs, tmp_pa
 
 def test_a_pipe_is_refused_because_looking_at_it_drains_it(inputs, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"pipe cannot be read, it is no regular file; allowed: a \.jsonl"):
+    with pytest.raises(InputError, match=r"pipe cannot be read, it is no regular file; allowed: JSON lines"):
         prepare(config(inputs, tmp_path / "run", data=str(tmp_path / "pipe")), DPO, jax.devices()[:1])
 
 

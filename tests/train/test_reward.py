@@ -114,6 +114,20 @@ def test_scores_are_a_ranking_that_can_be_trained_on(trained, inputs, tmp_path):
     )
 
 
+def test_what_is_equal_or_ties_is_scored_too(trained, tmp_path):
+    """Samples of one prompt often are; what the record says of them is kept, and does not matter."""
+    records = [
+        {"prompt": "1: good?", "completions": [" yes", " no", " yes"], "ranks": [0, 0, 0]},
+        {"prompt": "2: good?", "completions": [" no", " yes"], "scores": [1, 1]},
+    ]
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    flags = ["--data", str(data), "--output", str(tmp_path / "scores.jsonl")]
+    assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 0
+    first, second = rows(tmp_path / "scores.jsonl")
+    assert first["completions"] == records[0]["completions"] and second["completions"] == records[1]["completions"]
+    assert first["scores"][0] == pytest.approx(first["scores"][2], rel=1e-5) != first["scores"][1]
+
+
 def test_messages_are_scored_as_the_template_writes_them_and_stay_messages(trained, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(trained / "run" / "export", model)
@@ -136,12 +150,12 @@ def test_messages_are_scored_as_the_template_writes_them_and_stay_messages(train
 
 def test_records_that_are_dropped_are_not_scored(trained, tmp_path, capsys):
     records = rows(trained / "held_out.jsonl")[:3]
-    records[1]["rejected"] = records[1]["chosen"]
+    records[1]["rejected"] = " "
     data = tiny.write_records(tmp_path / "data.jsonl", records)
     flags = ["--data", str(data), "--output", str(tmp_path / "scores.jsonl")]
     assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 0
     assert [row["number"] for row in rows(tmp_path / "scores.jsonl")] == [1, 3]
-    assert "row 1 (line 2): two completions are equal" in capsys.readouterr().out
+    assert "row 1 (line 2): a completion is empty" in capsys.readouterr().out
     assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 2
     assert "exists; allowed: a new file" in capsys.readouterr().err
 

@@ -190,10 +190,10 @@ def test_a_file_is_refused(run):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("beta: [", "config.yaml is not YAML: .*line 1"),
-        ("- beta", "config.yaml holds list; allowed: a mapping of options, e.g. `beta: 0.1`"),
-        ("", "config.yaml holds NoneType; allowed: a mapping of options"),
-        ("beta: 0.1\nbeta: 0.2", "config.yaml is not YAML: "),
+        ("beta: [", "config.yaml, line 1: not YAML "),
+        ("- beta", "config.yaml holds no options; allowed: options by name, .*e.g. `beta: 0.1`"),
+        ("", "config.yaml holds no options; allowed: options by name"),
+        ("beta: 0.1\nbeta: 0.2", "config.yaml, line 2: not YAML .found duplicate key"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
@@ -206,7 +206,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(b"model: \xff")
-    with pytest.raises(InputError, match=r"config.yaml is not YAML: .*0xff"):
+    with pytest.raises(InputError, match=r"config.yaml: not YAML \(.*0xff"):
         read_yaml(path)
 
 

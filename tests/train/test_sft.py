@@ -73,7 +73,7 @@ def test_of_preferences_the_best_completions_are_learnt(inputs, tmp_path, capsys
     }
     for name, path in data.items():
         assert cli.main(command(inputs, tmp_path / name, path, "--max-steps 1 --no-shuffle")) == 0
-        logps = token_statistics(inputs, path, best_only=True)[:, 0]
+        logps = token_statistics(inputs, path, use="imitate")[:, 0]
         if name != "pairs":  # whose first step has six of 24
             assert rows(tmp_path / name)[0]["loss"] == pytest.approx(-logps.mean(), rel=1e-5), name
     assert "dropped 3: " in capsys.readouterr().out  # the bad ones
