@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -286,18 +287,24 @@ def test_of_two_at_once_the_second_uses_what_the_first_has_made(pairs, cached, m
     assert sorted(path.name for path in cached.glob("*")) == [results[0].directory.name]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond some bytes: what is written further is refused as by a full disk."""
+    """No file may grow beyond some bytes: what is written further is refused as by a full disk.
+
+    Not for a whole test: pytest writes what came of it to a file, perhaps, before fixtures are undone.
+    """
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk_names_itself_and_leaves_nothing(tmp_path, cached, full_disk):
+def test_a_full_disk_names_itself_and_leaves_nothing(tmp_path, cached):
     paths = [str(tiny.write_pairs(tmp_path / f"{part}.jsonl", range(part, part + 20))) for part in range(0, 400, 20)]
-    with pytest.raises(RunStopped, match=rf"^{cached} cannot be written: .*; .* free there; .*may be deleted, and JAX"):
+    message = rf"^{cached} cannot be written: .*; .* free there; .*may be deleted, and JAX"
+    with pytest.raises(RunStopped, match=message), full_disk():
         load_dataset(",".join(paths), SMOLLM_LIKE, 64)
     assert [path.name for path in cached.glob("*")] in ([], ["digests"])
 
