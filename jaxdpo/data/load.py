@@ -179,7 +179,7 @@ def _write_entry(
                     writer.append(groups, number)
                 if progress is not None:
                     progress(len(chunk))
-            if audit is not None:
+            if audit is not None and reading.unread:
                 audit.ignore(reading.source.name, reading.unread)
             if here.total == reading.records:
                 raise InputError(_none_usable(reading, here))

@@ -175,7 +175,7 @@ class Watching:
         self.seen.append((preference.origin.number, group is not None))
 
     def ignore(self, source, fields):
-        assert not fields
+        pytest.fail(f"{fields} of {source} are read")
 
     def drop(self, origin, reason):
         self.dropped.append((origin.number, reason))
