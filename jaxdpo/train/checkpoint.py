@@ -205,8 +205,9 @@ def _name(path: jax.tree_util.KeyPath, leaf: Any) -> str:
     return f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}"
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def abstract(tree: Any) -> Any:
+    """Shape, dtype and sharding of every array of a pytree: what `restore` and `load_params` need once it is gone."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def _crc32(array: Any) -> int:
@@ -240,7 +241,7 @@ def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str
                 f"{path}: {name} holds other arrays than this model and optimizer: "
                 f"{sorted(stored ^ keys)[:4]}; fix: resume with the options the run was started with"
             )
-    trees = _read(path, jax.tree.map(_abstract, like))
+    trees = _read(path, abstract(like))
     for name, tree in trees.items():
         if name not in like:
             continue

@@ -27,8 +27,8 @@ FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 relation to it where it is above 1."""
 
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
-"""Metrics that the progress bar shows."""
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_token_accuracy")
+"""Metrics that the progress bar shows, those of them that a run has."""
 
 
 class Schedule(NamedTuple):

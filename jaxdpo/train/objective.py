@@ -100,7 +100,8 @@ def preference_task(decoder: Decoder, loss: LossSpec) -> Task:
     return Task(loss, _policy(decoder, statistics_of(loss)), metrics)
 
 
-IMITATION_STATISTICS = ("correct", "entropy")
+_OF_TOKENS = {"mean_token_accuracy": "correct", "entropy": "entropy"}
+"""Metrics of imitation -> the statistic that they are the mean of."""
 
 
 def imitation_task(decoder: Decoder, loss: LossSpec) -> Task:
@@ -108,11 +109,10 @@ def imitation_task(decoder: Decoder, loss: LossSpec) -> Task:
 
     def metrics(policy: Outputs, data: GroupData, counts: Counts, scalars: Scalars) -> Metrics:
         del data, scalars
-        names = {"correct": "mean_token_accuracy", "entropy": "entropy"}
         tokens = jnp.maximum(counts.mean_length, 1)  # so the mean over groups is the mean over tokens
-        return {names[name]: policy.statistics[name][..., 0] / tokens for name in IMITATION_STATISTICS}
+        return {name: policy.statistics[of][..., 0] / tokens for name, of in _OF_TOKENS.items()}
 
-    return Task(loss, _policy(decoder, IMITATION_STATISTICS), metrics)
+    return Task(loss, _policy(decoder, tuple(_OF_TOKENS.values())), metrics)
 
 
 def reward_task(decoder: Decoder, loss: LossSpec) -> Task:

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -14,7 +14,7 @@ from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.pipeline import first_epoch, prefetched
 from jaxdpo.disk import writing
 from jaxdpo.reference import DatasetLogps, dataset_logps, make_logp_program
-from jaxdpo.train.checkpoint import Checkpoints, load_params, read_meta
+from jaxdpo.train.checkpoint import Checkpoints, abstract, load_params, read_meta
 from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
 from jaxdpo.train.export import keep_model_files
 from jaxdpo.train.loggers import check_loggers, open_loggers
@@ -74,7 +74,9 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         write_config(run, config)
         keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
-        state = init_state(recipe.start(ready), optimizer, mesh, loss=loss, moving_reference=_moving(config))
+        params = ready.params if start else recipe.start(ready)  # a resumed run has its own below
+        state = init_state(params, optimizer, mesh, loss=loss, moving_reference=_moving(config))
+        del params
         before = held_out = None
         if len(data) > 1:
             before, held_out = held_out_evaluation(task, scalars, data[1].dataset, layout, state)
@@ -157,17 +159,13 @@ def _starting_step(checkpoints: Checkpoints, total: int) -> int:
 
 def _best(state: TrainState, checkpoints: Checkpoints) -> TrainState:
     """The last state with the best checkpoint's parameters."""
-    like = _shapes(state.params)
+    like = abstract(state.params)
     jax.tree.map(lambda x: x.delete(), state.params)
     return state._replace(params=load_params(checkpoints.directory / str(checkpoints.best_step), like))
 
 
 def _resumed(state: TrainState, checkpoints: Checkpoints) -> TrainState:
     """The latest checkpoint's state in place of `state`, whose memory is given back first."""
-    like = _shapes(state)
+    like = abstract(state)
     jax.tree.map(lambda x: x.delete(), state)
     return checkpoints.restore(like)
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -279,12 +279,13 @@ def test_a_silent_hub_leaves_the_cached_copy(cached):
     """In a process of its own: the libraries read their environment when they are imported."""
     program = """
         from jaxdpo.data import sources, tables
+        from jaxdpo.hub import HubUnreachable
         tables.HUB_TIMEOUT = 0.5
         for name in ("hf:org/prefs", "hf:org/prefs:train[:10%]", "hf:org/none"):
             try:
                 source = sources.open_sources(name)[0]
                 print(name, source.num_records(), next(source.records()))
-            except tables.HubUnreachable as error:
+            except HubUnreachable as error:
                 print(error)
     """
     with socket.socket() as server:
