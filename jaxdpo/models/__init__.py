@@ -18,9 +18,10 @@ from flax import nnx
 
 from jaxdpo.models.attention import attention, full_precision, tree_mask
 from jaxdpo.models.config import Rope, TransformerConfig
+from jaxdpo.models.forms import ATTENTION
 from jaxdpo.models.transformer import Transformer
 from jaxdpo.sharding import constrain, named_sharding
-from jaxdpo.types import Batch, InputError
+from jaxdpo.types import Array, Batch, InputError
 
 __all__ = [
     "Decoder",
@@ -45,10 +46,12 @@ class Decoder:
     Attributes:
       config: what it computes.
       compute_dtype: what activations are; parameters are cast to it at use.
+      attention: the form that attention is computed in, a key of `models.forms.ATTENTION`; all give the same numbers.
     """
 
     config: TransformerConfig
     compute_dtype: str
+    attention: str = "dense"
 
     def hidden(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """States of every token of packed preference trees, after the final norm.
@@ -59,8 +62,7 @@ class Decoder:
         Returns:
           `[rows, length, embed]` in the compute dtype; arbitrary finite numbers at padding.
         """
-        mask = tree_mask(batch.positions, batch.group, batch.candidate, window=self.config.sliding_window)
-        return self._merge(params).hidden(batch.tokens, batch.positions, mask, jnp.dtype(self.compute_dtype))
+        return self._hidden(params, batch.tokens, batch.positions, batch.group, batch.candidate)
 
     def head(self, params: dict[str, Any]) -> jax.Array:
         """The LM head, `[vocab, embed]` in the compute dtype; the token embedding itself where it is tied."""
@@ -89,9 +91,8 @@ class Decoder:
             )
         positions = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
         one = jnp.ones_like(positions)
-        mask = tree_mask(positions, one, one, window=self.config.sliding_window)
+        states = self._hidden(params, tokens, positions, one, one)  # [rows, length, embed]
         dtype = jnp.dtype(self.compute_dtype)
-        states = self._merge(params).hidden(tokens, positions, mask, dtype)  # [rows, length, embed]
         wide = jnp.promote_types(dtype, jnp.float32)
         head = self.head(params)
         logits = jnp.einsum(
@@ -99,24 +100,39 @@ class Decoder:
         )  # [rows, length, vocab]
         return constrain(logits, "batch", None, "vocab")
 
+    def _hidden(
+        self, params: dict[str, Any], tokens: Array, positions: Array, group: Array, candidate: Array
+    ) -> jax.Array:
+        """States after the final norm, `[rows, length, embed]`; the arguments are those fields of a batch."""
+        form = ATTENTION[self.attention]
+        prepared = form.prepare(positions, group, candidate, window=self.config.sliding_window)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return form.attend(q, k, v, prepared)
+
+        return self._merge(params).hidden(tokens, positions, attend, jnp.dtype(self.compute_dtype))
+
     def _merge(self, params: dict[str, Any]) -> Transformer:
         return nnx.merge(_abstract(self.config)[0], params)
 
 
-def make_decoder(config: TransformerConfig, *, compute_dtype: str = "float32") -> Decoder:
+def make_decoder(config: TransformerConfig, *, compute_dtype: str = "float32", attention: str = "dense") -> Decoder:
     """The static half of a model.
 
     Args:
       config: what it computes.
       compute_dtype: "float32", "bfloat16", or "float64" (needs jax's x64 mode).
+      attention: the form that attention is computed in, a key of `models.forms.ATTENTION`.
     Raises:
-      InputError: for another dtype.
+      InputError: for another dtype or form.
     """
+    if attention not in ATTENTION:
+        raise InputError(f"attention is {attention!r}; allowed: {', '.join(ATTENTION)}")
     if compute_dtype not in COMPUTE_DTYPES:
         raise InputError(f"compute_dtype is {compute_dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
     if compute_dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise InputError("compute_dtype is 'float64' but jax would truncate it; set jax_enable_x64")
-    return Decoder(config, compute_dtype)
+    return Decoder(config, compute_dtype, attention)
 
 
 def logical_axes(decoder: Decoder) -> dict[str, Any]:

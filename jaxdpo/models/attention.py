@@ -4,8 +4,23 @@
 key/value heads. A query that sees no key (padding) returns zero, never NaN.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Attention over given rows: `(q [rows, length, heads, head_dim], k [rows, length, kv_heads, head_dim], v) -> as q`."""
+
+
+class AttentionForm(NamedTuple):
+    """One way to compute attention over packed preference trees; every form gives what the dense one gives."""
+
+    prepare: Callable[..., Any]
+    """`(positions, group, candidate, *, window) -> prepared`, once for all layers; arguments as of `tree_mask`."""
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+    """`(q, k, v, prepared) -> out`, as `attention` under the mask of `tree_mask`; zero at padding."""
 
 
 def tree_mask(positions: jax.Array, group: jax.Array, candidate: jax.Array, *, window: int | None = None) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdpo.models.attention import attention, full_precision
+from jaxdpo.models.attention import Attend, full_precision
 from jaxdpo.models.config import Rope, TransformerConfig
 from jaxdpo.sharding import constrain
 
@@ -84,13 +84,13 @@ class Attention(nnx.Module):
         self.v = project(("embed",), ("kv_heads", "head_dim"))
         self.o = project(("heads", "head_dim"), ("embed",))
 
-    def __call__(self, x: jax.Array, mask: jax.Array, angles: jax.Array | None) -> jax.Array:
-        """`x` `[rows, length, embed]`, `mask` `[rows, length, length]`, `angles` `[rows, length, head_dim / 2]`."""
+    def __call__(self, x: jax.Array, attend: Attend, angles: jax.Array | None) -> jax.Array:
+        """`x` `[rows, length, embed]`, `angles` `[rows, length, head_dim / 2]` -> shape of `x`."""
         q, k, v = self.q(x), self.k(x), self.v(x)  # [rows, length, heads or kv_heads, head_dim]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q = constrain(q, "batch", None, "heads", None)
-        return self.o(attention(q, k, v, mask))  # [rows, length, embed]
+        return self.o(attend(q, k, v))  # [rows, length, embed]
 
 
 class MLP(nnx.Module):
@@ -119,9 +119,9 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, angles: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Attend, angles: jax.Array | None) -> jax.Array:
         """As `Attention`: `[rows, length, embed]` -> same shape and dtype."""
-        x = x + self.attention(self.attention_norm(x), mask, angles)
+        x = x + self.attention(self.attention_norm(x), attend, angles)
         return x + self.mlp(self.mlp_norm(x))
 
 

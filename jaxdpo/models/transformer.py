@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdpo.models.attention import Attend
 from jaxdpo.models.config import TransformerConfig
 from jaxdpo.models.layers import Block, Norm, make_param, rope_angles
 from jaxdpo.sharding import constrain
@@ -30,13 +31,13 @@ class Transformer(nnx.Module):
         self.head = make_param(config, ("vocab", "embed"), normal, rngs) if untied else None
         self.score = make_param(config, ("embed",), normal, rngs) if config.head == "score" else None
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype) -> jax.Array:
         """States after the final norm.
 
         Args:
           tokens: int `[rows, length]`.
           positions: int `[rows, length]`, each below `max_positions`.
-          mask: bool `[rows, length, length]`, `[row, query, key]`.
+          attend: attention over these rows.
           dtype: what to compute in.
         Returns:
           `[rows, length, embed]` in `dtype`.
@@ -52,7 +53,7 @@ class Transformer(nnx.Module):
         # (SmolLM2-135M, 2 rows of 512: 195 MiB of temporaries for 2988 unrolled).
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return constrain(block(x, mask, angles), "batch", None, None), None
+            return constrain(block(x, attend, angles), "batch", None, None), None
 
         x, _ = jax.lax.scan(layer, x, self.blocks)
         return self.final_norm(x)
