@@ -105,7 +105,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "jaxdpo.data.pipeline": ("all_batches", "first_epoch", "microbatches", "prefetched"),
     "jaxdpo.logprobs": ("sequence_logps", "token_logps"),
     "jaxdpo.rewards": ("candidate_rewards", "center_rewards", "dataset_rewards", "make_reward_program"),
-    "jaxdpo.reference": ("dataset_logps", "make_logp_program", "slot_logps"),
+    "jaxdpo.reference": ("TokenLogps", "dataset_logps", "make_logp_program", "slot_logps"),
     "jaxdpo.train.optimizer": ("make_optimizer", "rmsprop", "warmup_schedule"),
     "jaxdpo.train.state": ("TrainState", "init_state", "move_reference"),
     "jaxdpo.train.objective": ("imitation_task", "preference_task", "reward_task", "step_counts"),

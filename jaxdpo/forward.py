@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from jaxdpo.sharding import place_batch
@@ -33,12 +34,13 @@ def forward_batches(
     Raises:
       ValueError: if a group stands in two places.
     """
-    seen: set[int] = set()
+    seen = np.zeros(0, bool)
     with tqdm.tqdm(total=total, desc=label, unit="group", leave=False, disable=None) as bar:
         for batch in batches:
-            for example in batch.example_id[batch.group_mask].tolist():
-                if example in seen:
-                    raise ValueError(f"example {example} stands in two places of the batches; allowed: one")
-                seen.add(example)
+            examples, counts = np.unique(batch.example_id[batch.group_mask], return_counts=True)
+            seen = np.pad(seen, (0, max(0, examples.max(initial=-1) + 1 - len(seen))))
+            for example in examples[seen[examples] | (counts > 1)].tolist():
+                raise ValueError(f"example {example} stands in two places of the batches; allowed: one")
+            seen[examples] = True
             yield batch, jax.device_get(program(params, place_batch(batch, mesh)))
             bar.update(int(batch.group_mask.sum()))

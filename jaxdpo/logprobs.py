@@ -80,21 +80,31 @@ def token_statistics(
     def split(x: Array) -> jax.Array:  # [rows, slots, ...] -> [chunks, rows, width, ...]
         return jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2)).reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
     def chunk(head: jax.Array, states: jax.Array, target: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         dtype = jnp.promote_types(states.dtype, jnp.float32)
+        flat = states.reshape(rows * width, -1)
         logits = jnp.einsum(
-            "rwe,ve->rwv", states, head, preferred_element_type=dtype, precision=full_precision(states.dtype)
-        )
+            "te,ve->tv", flat, head, preferred_element_type=dtype, precision=full_precision(states.dtype)
+        ).reshape(rows, width, -1)
         logits = constrain(logits, "batch", None, "vocab")
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]  # [rows, width]
         log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
         constant = jax.lax.stop_gradient((logits, log_z))
         return picked - log_z, {name: STATISTICS[name](*constant, target) for name in statistics}
 
+    @jax.checkpoint
+    def chunk_or_nothing(
+        head: jax.Array, states: jax.Array, target: jax.Array, used: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        zeros = jnp.zeros(target.shape, jnp.promote_types(states.dtype, jnp.float32))
+        nothing = zeros, dict.fromkeys(statistics, zeros)
+        # Slots fill rows from their start, so the last chunks of most batches are empty: half of the head's work on HH.
+        return jax.lax.cond(used.any(), lambda: chunk(head, states, target), lambda: nothing)
+
     states = constrain(jnp.take_along_axis(hidden, batch.slot_source[..., None], axis=1), "batch", None, None)
+    of_chunks = split(states), split(batch.slot_target), split(scored)
     _, chunked = jax.lax.scan(
-        lambda carry, inputs: (carry, chunk(head, *inputs)), None, (split(states), split(batch.slot_target))
+        lambda carry, inputs: (carry, chunk_or_nothing(head, *inputs)), None, of_chunks
     )  # [chunks, rows, width] each
 
     def join(x: jax.Array) -> jax.Array:  # [chunks, rows, width] -> [rows, slots]

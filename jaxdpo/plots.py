@@ -13,7 +13,7 @@ from jaxdpo.data.summaries import EDGES
 
 POLICY, OTHER, HELD_OUT, NEUTRAL = "#1f5fa8", "#c2542d", "#2b8a3e", "#333333"
 """Colours: the quantity or its preferred side, the other side, held-out points, what is on neither side."""
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -22,6 +22,7 @@ _STYLE: dict[str, Any] = {
     "axes.titlesize": 10,
     "legend.frameon": False,
 }
+"""What `matplotlib.rc_context` is given for every picture."""
 
 Row = dict[str, float]
 
@@ -57,7 +58,7 @@ def save_curves(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """
     logged = set().union(*rows)
     panels = [(name, lines) for name, lines in PANELS.items() if any(key in logged for key, _, _ in lines)]
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11, 3 * -(-len(panels) // 3)), layout="constrained")
         figure.suptitle(title, parse_math=False)  # a file name may hold a $
         grid = figure.subplots(-(-len(panels) // 3), 3, squeeze=False).flat
@@ -94,7 +95,7 @@ def save_lengths(data: Mapping[str, Mapping[str, Any]], path: Path, *, unit: str
         (f"completion ({unit})", (("chosen", POLICY), ("rejected", OTHER))),
         (f"chosen - rejected ({unit})", (("chosen - rejected", POLICY),)),
     )
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11, 3.2 * len(data)), layout="constrained")
         for part, (name, lengths) in zip(
             figure.subfigures(len(data), 1, squeeze=False).flat, data.items(), strict=True
@@ -158,7 +159,7 @@ def save_loss_curves(curves: Mapping[str, LossCurve], path: Path, *, title: str,
       columns: how many losses stand side by side.
     """
     rows = -(-len(curves) // columns)
-    style = _STYLE | {"font.size": 8, "axes.titlesize": 10, "axes.labelsize": 8}
+    style = STYLE | {"font.size": 8, "axes.titlesize": 10, "axes.labelsize": 8}
     with matplotlib.rc_context(style):  # type: ignore[arg-type]
         figure = Figure(figsize=(2.35 * columns, 2.75 * rows + 0.8), layout="constrained")
         figure.suptitle(title, fontsize=11)

@@ -7,10 +7,11 @@ heads, mlp and vocabulary.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdpo.types import InputError
@@ -94,6 +95,29 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+
+
+def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Attention on each device's own rows and heads, for code that XLA cannot split by itself; as it is without a mesh.
+
+    Args:
+      attend: `(q [rows, length, heads, head_dim], k [rows, length, kv_heads, head_dim], v, of_rows) -> as q`, where
+        `of_rows` is a pytree of arrays whose first axis is rows.
+    Returns:
+      The same function of whole arrays. Key/value heads that the mesh does not divide are repeated for their heads.
+    """
+
+    def mapped(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: Any) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return attend(q, k, v, of_rows)
+        spec, rows = partition_spec(("batch", None, "heads", None)), partition_spec(("batch",))
+        if k.shape[2] % mesh.shape[AXIS_RULES["heads"]]:
+            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        local = jax.shard_map(attend, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
+        return local(q, k, v, of_rows)
+
+    return mapped
 
 
 def place_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:

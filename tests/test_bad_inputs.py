@@ -382,8 +382,8 @@ RECORDS = [
         "prompt and completion have 205 tokens; allowed: the model's 64 positions; fix: --max-length 64, which cuts",
         command=DPO.replace("64", "512")),
     records("longer than a row", [GOOD],
-        "the prompt and its 2 completions need 19 tokens; allowed: row_length=8; raise",
-        command=f"{DPO} --row-length 8"),
+        "the prompt and its 2 completions need 19 tokens; allowed: 8, the longest of row_lengths; raise",
+        command=f"{DPO} --row-lengths 8"),
 ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_without_flags_the_defaults_count():
 def test_every_flag_of_the_contract():
     flags = (
         "--format hh --loss sigmoid --eval-data e.jsonl --batch-size 4 --max-steps 7 --beta 0.2 --label-smoothing 0.1 "
-        "--learning-rate 1e-5 --warmup-steps 3 --optimizer adamw --max-grad-norm 0 --max-length 128 --row-length 256 "
+        "--learning-rate 1e-5 --warmup-steps 3 --optimizer adamw --max-grad-norm 0 --max-length 128 --row-lengths 256 "
         "--dtype bfloat16 --seed 5 --no-shuffle --save-every 2 --eval-every 3 --resume must --microbatch-tokens 512"
     )
     assert parse(*flags.split()) == DPOConfig(
@@ -66,7 +66,7 @@ def test_every_flag_of_the_contract():
         optimizer="adamw",
         max_grad_norm=0.0,
         max_length=128,
-        row_length=256,
+        row_lengths="256",
         dtype="bfloat16",
         seed=5,
         shuffle=False,
@@ -302,9 +302,9 @@ def test_a_path_longer_than_the_models_positions(start):
 
 
 def test_a_row_shorter_than_the_largest_pair(start):
-    message = start([GOOD], "--row-length", "8")
+    message = start([GOOD], "--row-lengths", "8")
     assert message.startswith(
-        "DIR/d.jsonl, line 1: the prompt and its 2 completions need 19 tokens; allowed: row_length=8"
+        "DIR/d.jsonl, line 1: the prompt and its 2 completions need 19 tokens; allowed: 8, the longest of row_lengths"
     )
 
 

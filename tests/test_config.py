@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import math
+import re
 import typing
 
 import pytest
@@ -50,7 +51,6 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "max_steps": ([1], [0]),
     "save_every": ([1], [0]),
     "eval_every": ([1], [0]),
-    "row_length": ([1], [0]),
     "microbatch_tokens": ([1], [0]),
     "max_length": ([2], [1, 0, -512]),
     "warmup_steps": ([0], [-1]),
@@ -142,7 +142,7 @@ def test_the_defaults_are_the_contract():
         "optimizer": "rmsprop",
         "max_grad_norm": 10.0,
         "max_length": 512,
-        "row_length": None,
+        "row_lengths": None,
         "dtype": None,
         "seed": 0,
         "shuffle": True,
@@ -151,6 +151,20 @@ def test_the_defaults_are_the_contract():
         "resume": "auto",
     }
     assert {name: getattr(config, name) for name in stated} == stated
+
+
+@pytest.mark.parametrize(
+    "text, lengths", [(None, None), ("512", (512,)), ("512, 2048", (2048, 512)), ("1,2,3", (3, 2, 1))]
+)
+def test_row_lengths_are_a_list(text, lengths):
+    assert dpo(row_lengths=text).lengths_of_rows == lengths
+
+
+@pytest.mark.parametrize("text", ["", "0", "-64", "64,", "64,64", "1,2,3,4", "1e3", "64.0", "long", "²"])
+def test_row_lengths_that_are_none(text):
+    message = f"--row-lengths is {text!r}; allowed: one to 3 different whole numbers of at least 1 separated by commas"
+    with pytest.raises(InputError, match=re.escape(message)):
+        dpo(row_lengths=text)
 
 
 @pytest.mark.parametrize(

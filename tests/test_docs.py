@@ -74,7 +74,7 @@ def test_metrics_page_names_every_metric_in_order():
     metrics = {"loss": 1.0, "grad_norm": 1.0, **preference_metrics(pair, pair, lengths=np.ones((1, 2)))}
     of_a_step = as_floats({name: np.float32(0) for name in metrics})  # in the order of a row
     named = rows_under("## Metrics", page("usage.md"))
-    assert named == ["step", *of_a_step, "learning_rate", "tokens", "pairs_per_second"]
+    assert named == ["step", *of_a_step, "learning_rate", "tokens", "pairs_per_second", "data_wait"]
 
 
 def test_metrics_page_names_every_metric_of_labelled_completions():

@@ -20,6 +20,8 @@ from jaxdpo import config
 from jaxdpo.data.formats import FORMATS
 from jaxdpo.losses import DIVERGENCES, LOSSES
 from jaxdpo.models import COMPUTE_DTYPES
+from jaxdpo.models.forms import ATTENTION
+from jaxdpo.models.remat import REMAT
 from jaxdpo.train.loggers import LOGGERS
 from jaxdpo.train.optimizer import OPTIMIZERS
 
@@ -39,6 +41,8 @@ FLOORS = {
     "logprobs": 2,
     "forward": 2,
     "reference": 2,
+    "reference_cache": 2,
+    "reference_store": 2,
     "rewards": 2,
     "data": 2,
     "plots": 2,
@@ -59,6 +63,7 @@ LIBRARIES = {
         "logprobs",
         "forward",
         "reference",
+        "reference_cache",
         "rewards",
         "train",
     },
@@ -69,6 +74,7 @@ LIBRARIES = {
     "transformers": {"hf", "gguf"},
     "tokenizers": {"gguf"},
     "huggingface_hub": {"data", "hub"},
+    "filelock": {"reference_store"},
     "datasets": {"data"},
     "pyarrow": {"data"},
     "backports": {"data"},
@@ -80,7 +86,21 @@ LIBRARIES = {
     "tqdm": {"audit", "forward", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
-    "numpy": {"types", "models", "families", "sharding", "hf", "gguf", "reference", "rewards", "data", "train"},
+    "numpy": {
+        "types",
+        "models",
+        "families",
+        "sharding",
+        "hf",
+        "gguf",
+        "forward",
+        "reference",
+        "reference_cache",
+        "reference_store",
+        "rewards",
+        "data",
+        "train",
+    },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""
 
@@ -176,6 +196,8 @@ def test_the_package_itself_imports_nothing_early():
         (config.Format, ["auto", *FORMATS]),
         (config.Optimizer, OPTIMIZERS),
         (config.Logger, LOGGERS),
+        (config.Attention, ATTENTION),
+        (config.Remat, REMAT),
     ],
 )
 def test_names_on_the_command_line_are_those_of_the_tables(names, table):

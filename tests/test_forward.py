@@ -14,7 +14,7 @@ MESH = make_mesh(jax.devices()[:2])
 
 
 def batches():
-    return list(all_batches(DATA, tiny.layout(DATA, row_length=64, tokens=128, row_multiple=2)))
+    return list(all_batches(DATA, tiny.layout(DATA, row_lengths=[64], tokens=128, row_multiple=2)))
 
 
 def lengths(params, batch):

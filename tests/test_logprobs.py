@@ -64,7 +64,7 @@ def test_tree_equals_separate_passes_float64(name, seed):
         params = tiny.params(decoder, seed=seed, dtype="float64")
         data = tiny.dataset(groups=7, candidates=(1, 5), longest=LONGEST, seed=seed)
         layout = tiny.layout(data)
-        assert layout.capacity.groups > 1
+        assert layout.shapes[0].capacity.groups > 1
         expected, got = unpacked(decoder, params, data), packed(decoder, params, data, layout)
         np.testing.assert_allclose(got, expected, rtol=1e-10)
         w = weights(data)
@@ -92,15 +92,16 @@ def test_row_length_does_not_matter(row_length):
         params = tiny.params(decoder, seed=0, dtype="float64")
         data = tiny.dataset(groups=9, candidates=(2, 4), seed=2)
         expected = packed(decoder, params, data, tiny.layout(data))
-        got = packed(decoder, params, data, tiny.layout(data, row_length=row_length, tokens=row_length * 2))
+        got = packed(decoder, params, data, tiny.layout(data, row_lengths=[row_length], tokens=row_length * 2))
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
 def test_slots_pass_the_head_in_chunks():
     """More slots than one chunk, not a multiple of it: the same numbers, and no logits of the whole row."""
     data = tiny.dataset(groups=40, longest=12, seed=3)
-    layout = tiny.layout(data, row_length=512, tokens=512)
-    assert layout.capacity.slots > SLOT_CHUNK
+    layout = tiny.layout(data, row_lengths=[512], tokens=512)
+    (shape,) = layout.shapes
+    assert shape.capacity.slots > SLOT_CHUNK
     decoder = tiny.decoder()
     params = tiny.params(decoder, seed=0)
     np.testing.assert_allclose(
@@ -108,7 +109,7 @@ def test_slots_pass_the_head_in_chunks():
     )
     batch = next(all_batches(data, layout))
     text = jax.jit(token_logps, static_argnums=0).lower(decoder, params, batch).as_text()
-    whole = f"{layout.rows}x{layout.capacity.slots}x{decoder.config.vocab_size}xf32"
+    whole = f"{shape.rows}x{shape.capacity.slots}x{decoder.config.vocab_size}xf32"
     assert whole not in text and f"x{decoder.config.vocab_size}xf32" in text
 
 

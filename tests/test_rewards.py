@@ -78,7 +78,7 @@ def test_one_device_and_eight_agree():
 def test_order_is_that_of_the_examples_in_any_packing():
     decoder = tiny.decoder(LLAMA)
     params = tiny.params(decoder)
-    batches = list(all_batches(DATA, tiny.layout(DATA, row_length=64, tokens=128)))
+    batches = list(all_batches(DATA, tiny.layout(DATA, row_lengths=[64], tokens=128)))
     assert len(batches) > 1
     program = make_reward_program(decoder)
     backwards = dataset_rewards(program, params, batches[::-1], one_device(), label="test")

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdpo.data.packing import Layout
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.types import PADDING, UNRANKED, Batch, InputError, Origin, Preference, check_batch
 from tests import tiny
@@ -16,7 +17,8 @@ ROWS = 6
 
 def packed(data) -> Batch:
     """Nine groups, several in the first row; the last row is empty."""
-    layout = dataclasses.replace(tiny.layout(data, row_length=64), rows=ROWS)
+    (shape,) = tiny.layout(data, row_lengths=[64]).shapes
+    layout = Layout((dataclasses.replace(shape, rows=ROWS),))
     (made,) = microbatches(data, range(9), layout)
     assert made.group_mask.sum(axis=1).tolist()[0] > 1 and not made.group_mask[-1].any()
     return made

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -116,14 +116,14 @@ def of_groups(groups: list[TokenizedGroup]) -> TokenizedDataset:
 
 
 def layout(
-    data: TokenizedDataset, *, tokens: int = 256, row_multiple: int = 1, row_length: int | None = None
+    data: TokenizedDataset, *, tokens: int = 256, row_multiple: int = 1, row_lengths: Sequence[int] | None = None
 ) -> Layout:
     return choose_capacity(
         [data],
         [np.arange(len(data))],
         max_microbatch_tokens=tokens,
         row_multiple=row_multiple,
-        row_length=row_length,
+        row_lengths=row_lengths,
     )
 
 

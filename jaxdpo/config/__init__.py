@@ -5,12 +5,13 @@ of range. Nothing here imports jax.
 """
 
 from jaxdpo.config.dpo import DPOConfig
-from jaxdpo.config.names import Divergence, DType, Format, Logger, Loss, Optimizer, Resume
+from jaxdpo.config.names import Attention, Divergence, DType, Format, Logger, Loss, Optimizer, Remat, Resume
 from jaxdpo.config.run import RunConfig
 from jaxdpo.config.sft import RewardConfig, SFTConfig
 from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, QuickstartConfig, ScoreConfig
 
 __all__ = [
+    "Attention",
     "AuditConfig",
     "ConvertConfig",
     "DPOConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "Loss",
     "Optimizer",
     "QuickstartConfig",
+    "Remat",
     "Resume",
     "RewardConfig",
     "RunConfig",

@@ -51,6 +51,12 @@ class DPOConfig(RunConfig):
     ref_model_mixup_alpha: float | None = option(
         "how far it moves: 1 makes it the policy (hard update); by default 0.6", "objective", None
     )
+    precompute_ref_log_probs: bool = option(
+        "the reference's log-probs once, before training, on disk for all runs; otherwise a second copy of the weights "
+        "computes them at every step",
+        "compute",
+        True,
+    )
 
     @property
     def objective(self) -> str:

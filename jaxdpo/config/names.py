@@ -31,5 +31,7 @@ Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverge
 Format = Literal["auto", "pairs", "implicit", "hh", "ranked", "unpaired", "completion", "text", "messages"]
 Optimizer = Literal["rmsprop", "adamw"]
 DType = Literal["float32", "bfloat16"]
+Attention = Literal["dense", "blockwise", "splash"]
+Remat = Literal["none", "projections", "attention", "full"]
 Resume = Literal["auto", "never", "must"]
 Logger = Literal["tensorboard", "wandb", "trackio"]

@@ -20,7 +20,6 @@ RANGES: Ranges = {
     "max_steps": _POSITIVE,
     "save_every": _POSITIVE,
     "eval_every": _POSITIVE,
-    "row_length": _POSITIVE,
     "microbatch_tokens": _POSITIVE,
     "max_length": ("a whole number of at least 2: one prompt token and one completion token", lambda v: v >= 2),
     "warmup_steps": ("a whole number of at least 0", lambda v: v >= 0),

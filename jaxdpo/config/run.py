@@ -4,10 +4,13 @@ import abc
 import dataclasses
 import typing
 
-from jaxdpo.config.names import DType, Format, Logger, Optimizer, Resume
+from jaxdpo.config.names import Attention, DType, Format, Logger, Optimizer, Remat, Resume
 from jaxdpo.config.ranges import PATHS, RANGES
 from jaxdpo.options import check_fields, flag, option
 from jaxdpo.types import InputError
+
+MAX_ROW_LENGTHS = 3
+"""Row lengths of a run at most: every program is compiled once for each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,23 @@ class RunConfig(abc.ABC):
     warmup_steps: int = option("linear warm-up: lr * min(1, (n + 1) / (W + 1))", "optimization", 150)
     max_grad_norm: float = option("clip the global gradient norm (0: off)", "optimization", 10.0)
     dtype: DType | None = option("compute dtype; by default bfloat16 on accelerators, float32 on CPU", "compute", None)
-    row_length: int | None = option("tokens of a packed row; by default chosen from the data", "compute", None)
+    row_lengths: str | None = option(
+        "tokens of a packed row, one to three lengths separated by commas; by default chosen from the data",
+        "compute",
+        None,
+    )
     microbatch_tokens: int | None = option(
         "most tokens of one forward pass per device; bounds memory; by default 2048 on CPU, 16384 elsewhere",
         "compute",
         None,
+    )
+    attention: Attention | None = option(
+        "form of attention, all of which give the same numbers; by default blockwise on CPU, splash on TPU, else dense",
+        "compute",
+        None,
+    )
+    remat: Remat | None = option(
+        "what a layer keeps for the backward pass; by default as much as the device's memory allows", "compute", None
     )
     seed: int = option("decides the order of the data, and with the step all else", "run", 0)
     save_every: int | None = option(
@@ -68,6 +83,20 @@ class RunConfig(abc.ABC):
         return None if self.data_weights is None else numbers("data_weights", self.data_weights)
 
     @property
+    def lengths_of_rows(self) -> tuple[int, ...] | None:
+        """The lengths that `row_lengths` lists."""
+        if self.row_lengths is None:
+            return None
+        texts = split(self.row_lengths)
+        lengths = {int(text) for text in texts if text.isdecimal() and text.isascii()} - {0}
+        if not len(lengths) == len(texts) <= MAX_ROW_LENGTHS:
+            raise InputError(
+                f"--row-lengths is {self.row_lengths!r}; allowed: one to {MAX_ROW_LENGTHS} different whole numbers of "
+                "at least 1 separated by commas, as 2048,1024"
+            )
+        return tuple(sorted(lengths, reverse=True))
+
+    @property
     def loggers(self) -> tuple[str, ...]:
         """The names that `report_to` lists."""
         return () if self.report_to is None else split(self.report_to)
@@ -82,6 +111,7 @@ class RunConfig(abc.ABC):
             )
         if self.data_shares is not None and not all(0 < share < float("inf") for share in self.data_shares):
             raise InputError(f"--data-weights is {self.data_weights!r}; allowed: finite numbers above 0")
+        self.lengths_of_rows  # noqa: B018 - checks them
         unknown = set(self.loggers) - set(typing.get_args(Logger))
         if unknown or len(set(self.loggers)) < len(self.loggers):
             raise InputError(

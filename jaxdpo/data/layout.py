@@ -1,18 +1,19 @@
-"""Which shape the microbatches of a run get: chosen from the data, by packing sampled steps in many shapes.
+"""Which shapes the microbatches of a run get: chosen from the data, by packing sampled steps in many shapes.
 
-One layout serves a whole run, so that every program is compiled once. It follows from the data and the first epoch's
-order alone: a run that is made longer keeps it.
+Up to three row lengths serve a run, and every program is compiled once for each. They follow from the data and the
+first epoch's order alone: a run that is made longer keeps them.
 """
 
-import itertools
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxdpo.config.run import MAX_ROW_LENGTHS
 from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.data.packing import Capacity, Layout, pack
+from jaxdpo.data.packing import Capacity, Costs, Layout, Shape, pack
 from jaxdpo.types import PADDING, Batch, InputError
 
 LENGTH_MULTIPLE = 64
@@ -20,18 +21,18 @@ LENGTH_MULTIPLE = 64
 LONGEST_ROW = 4
 """Rows are tried up to so many times the length of the largest group."""
 LENGTHS_TRIED = 13
+FURTHER_LENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.25)
+"""A further row length is looked for among these multiples of the longest one there is."""
+ROW_SHARES = (0.01, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""Rows of a microbatch that are tried where there are several lengths, in those that the bound allows."""
 GROUPS_MULTIPLE = 4
 SHORT_GROUP = 0.05
 """A row takes as many groups as it can hold of this quantile of lengths: places for groups cost next to nothing."""
 SLOT_SHARES = (1.0, 1.1, 1.25, 1.5)
 """Slots per row that are tried, relative to the data's own share of scored tokens."""
-SLOT_COST = 0.25
-"""Work of a slot's LM head in units of a token's work in the layers: vocabulary / (12 x width x layers), 0.24 for
-SmolLM2-135M, 0.45 for GPT-2, 0.08 for Llama 3 8B."""
-ATTENTION_LENGTH = 4096
-"""Row length at which dense attention doubles a token's work in the layers: 6 x width, 3456 for SmolLM2-135M."""
-MICROBATCH_COST = 256
-"""Work of one more microbatch (gradients read and written once more, a dispatch), in tokens."""
+COMPILATION = 4096
+"""Tokens' work that a further row length has to save an epoch: the compilation of its programs takes seconds, and only
+once, because they are kept on disk."""
 
 
 class Fill(NamedTuple):
@@ -59,7 +60,8 @@ def choose_capacity(
     *,
     max_microbatch_tokens: int,
     row_multiple: int = 1,
-    row_length: int | None = None,
+    row_lengths: Sequence[int] | None = None,
+    costs: Costs = Costs(),  # noqa: B008 - immutable
 ) -> Layout:
     """The layout that spends least on a sample of steps.
 
@@ -69,9 +71,10 @@ def choose_capacity(
       max_microbatch_tokens: bound on rows x length, which bounds the memory of a microbatch. `row_multiple` rows of the
         largest group's length are always allowed, because nothing smaller holds it.
       row_multiple: rows are a multiple of it: the devices that rows are split over.
-      row_length: the length to use instead of trying several.
+      row_lengths: one to three lengths to use instead of trying several.
+      costs: what the model's work goes to.
     Raises:
-      InputError: if `row_length` is shorter than the largest group needs; with the group's file and line.
+      InputError: if all `row_lengths` are shorter than the largest group needs; with the group's file and line.
     """
     needs = Capacity(
         length=max(int(dataset.tokens.max()) for dataset in datasets),
@@ -79,24 +82,38 @@ def choose_capacity(
         groups=1,
         candidates=max(dataset.candidates for dataset in datasets),
     )
-    if row_length is None:
-        lengths = _lengths(needs.length, max_microbatch_tokens // row_multiple)
-    else:
-        lengths = [row_length]
-        _check_length(datasets, row_length)
-    train = datasets[0]
-    scored_share = train.slots.sum(dtype=np.int64) / train.tokens.sum(dtype=np.int64)
-    tried: list[tuple[float, Layout]] = []
-    for length, share in itertools.product(lengths, SLOT_SHARES):
-        slots = _round_up(max(needs.slots, share * scored_share * length), LENGTH_MULTIPLE)
-        groups = _round_up(length / np.quantile(train.tokens, SHORT_GROUP), GROUPS_MULTIPLE)
-        capacity = needs._replace(length=length, slots=min(slots, length), groups=groups)
-        packed = [pack(train.tokens[step], train.slots[step], capacity) for step in steps]
-        most = min(max_microbatch_tokens // length, max(map(len, packed)) + row_multiple - 1)
-        for rows in range(row_multiple, max(most, row_multiple) + 1, row_multiple):
-            layout = Layout(capacity, rows)
-            tried.append((sum(_work(layout, len(step)) for step in packed), layout))
-    return min(tried, key=lambda item: item[0])[1]
+    trial = _Trial(datasets[0], steps, needs, max_microbatch_tokens, row_multiple, costs)
+    if row_lengths is not None:
+        _check_lengths(datasets, row_lengths)
+        return trial.layout(row_lengths)
+    best = min((trial.layout([length]) for length in trial.lengths()), key=trial.work)
+    while len(best.shapes) < MAX_ROW_LENGTHS:
+        longer = min(
+            (trial.layout([*best.row_lengths, length]) for length in trial.further(best)), key=trial.work, default=best
+        )
+        if trial.work(longer) >= trial.work(best):
+            break
+        best = longer
+    return best
+
+
+class LargestRow(NamedTuple):
+    """The longest row that a layout has to have."""
+
+    length: int
+    """Tokens."""
+    reason: str
+    """Who needs it, for messages: the end of a sentence about the row."""
+
+
+def largest_row(datasets: Sequence[TokenizedDataset], row_lengths: Sequence[int] | None = None) -> LargestRow:
+    """The row that holds the largest group, or the longest of the lengths that are given."""
+    if row_lengths is not None:
+        return LargestRow(max(row_lengths), "--row-lengths asks for")
+    dataset = max(datasets, key=lambda dataset: int(dataset.tokens.max()))
+    group = dataset.groups[int(dataset.tokens.argmax())]
+    length = _round_up(group.tokens, LENGTH_MULTIPLE)
+    return LargestRow(length, f"the largest group needs ({group.tokens} tokens; {group.origin})")
 
 
 def fill_of(batches: Iterable[Batch]) -> Fill:
@@ -113,28 +130,91 @@ def fill_of(batches: Iterable[Batch]) -> Fill:
     return Fill(tokens / max(positions, 1), scored / max(slots, 1), rows, empty_rows)
 
 
-def _lengths(needed: int, limit: int) -> list[int]:
-    """Row lengths to try: the shortest that holds every group, and longer ones up to `limit`."""
-    shortest = _round_up(needed, LENGTH_MULTIPLE)
-    tried = {_round_up(n, LENGTH_MULTIPLE) for n in np.linspace(shortest, LONGEST_ROW * shortest, LENGTHS_TRIED)}
-    return sorted(length for length in tried if length <= max(limit, shortest))
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """Layouts tried on sampled steps."""
+
+    train: TokenizedDataset
+    steps: Sequence[np.ndarray]
+    needs: Capacity
+    """What the longest rows have to hold."""
+    max_tokens: int
+    row_multiple: int
+    costs: Costs
+
+    def lengths(self) -> list[int]:
+        """Row lengths to try alone: the shortest that holds every group, and longer ones within the bound."""
+        shortest = _round_up(self.needs.length, LENGTH_MULTIPLE)
+        tried = {_round_up(n, LENGTH_MULTIPLE) for n in np.linspace(shortest, LONGEST_ROW * shortest, LENGTHS_TRIED)}
+        return sorted(length for length in tried if length <= max(self.max_tokens // self.row_multiple, shortest))
+
+    def further(self, layout: Layout) -> list[int]:
+        """Row lengths to try besides those of a layout."""
+        tried = {_round_up(share * layout.row_lengths[0], LENGTH_MULTIPLE) for share in FURTHER_LENGTHS}
+        fitting = (length for length in tried if length * self.row_multiple <= self.max_tokens)
+        return sorted(set(fitting) - set(layout.row_lengths))
+
+    def work(self, layout: Layout) -> float:
+        """Work of an epoch, and of the compilation of the further lengths."""
+        divided = [layout.divide(self.train.tokens[step], self.train.slots[step]) for step in self.steps]
+        of_sample = sum(layout.work(shape) for step in divided for shape, _ in step)
+        epoch = len(self.train) / max(1, sum(map(len, self.steps)))
+        return of_sample * epoch + COMPILATION * (len(layout.shapes) - 1)
+
+    def layout(self, lengths: Sequence[int]) -> Layout:
+        """The layout of these row lengths that spends least: the rows and slots of each are chosen."""
+        longest, *others = sorted(lengths, reverse=True)
+        shapes = [min(self._alone(longest), key=lambda item: item[0])[1]]
+        for length in others:
+            capacity = self._capacity(length, length * shapes[0].capacity.slots / longest)
+            shapes = self._best(shapes, [Shape(capacity, rows) for rows in self._rows(length)])
+        if others:
+            shapes = self._best(shapes[1:], [dataclasses.replace(shapes[0], rows=rows) for rows in self._rows(longest)])
+        return Layout(tuple(shapes), self.costs)
+
+    def _alone(self, length: int) -> Iterator[tuple[float, Shape]]:
+        """Shapes with rows of this length, and the work of the sample where it is alone."""
+        scored = self.train.slots.sum(dtype=np.int64) / self.train.tokens.sum(dtype=np.int64)
+        for share in SLOT_SHARES:
+            capacity = self._capacity(length, max(self.needs.slots, share * scored * length))
+            rows = [len(pack(self.train.tokens[step], self.train.slots[step], capacity)) for step in self.steps]
+            most = min(self.max_tokens // length, max(rows) + self.row_multiple - 1)
+            for each in range(self.row_multiple, max(most, self.row_multiple) + 1, self.row_multiple):
+                shape = Shape(capacity, each)
+                yield sum(math.ceil(n / each) for n in rows) * Layout((shape,), self.costs).work(shape), shape
+
+    def _capacity(self, length: int, slots: float) -> Capacity:
+        groups = _round_up(length / np.quantile(self.train.tokens, SHORT_GROUP), GROUPS_MULTIPLE)
+        slots = min(_round_up(slots, LENGTH_MULTIPLE), length)
+        return self.needs._replace(length=length, slots=slots, groups=groups)
+
+    def _rows(self, length: int) -> list[int]:
+        """Rows of a microbatch to try."""
+        largest = max(int(self.train.tokens[step].sum(dtype=np.int64)) for step in self.steps)
+        most = max(1, min(self.max_tokens // length, math.ceil(largest / length)) // self.row_multiple)
+        return sorted({self.row_multiple * math.ceil(share * most) for share in ROW_SHARES})
+
+    def _best(self, shapes: list[Shape], options: list[Shape]) -> list[Shape]:
+        """Shapes and the one of the options with which they spend least, the longest rows first."""
+        best, least = None, math.inf
+        for option in options:
+            layout = Layout(tuple(sorted([*shapes, option], key=lambda shape: -shape.capacity.length)), self.costs)
+            if (work := self.work(layout)) < least:
+                best, least = layout, work
+        assert best is not None  # there is an option
+        return list(best.shapes)
 
 
-def _work(layout: Layout, rows: int) -> float:
-    """Work of a step that needs so many rows, in units of one token's work in the layers."""
-    length, slots = layout.capacity[:2]
-    row = length * (1 + length / ATTENTION_LENGTH) + slots * SLOT_COST
-    return math.ceil(rows / layout.rows) * (layout.rows * row + MICROBATCH_COST)
-
-
-def _check_length(datasets: Sequence[TokenizedDataset], length: int) -> None:
+def _check_lengths(datasets: Sequence[TokenizedDataset], lengths: Sequence[int]) -> None:
+    if not 1 <= len(set(lengths)) == len(lengths) <= MAX_ROW_LENGTHS:
+        raise InputError(f"row_lengths={list(lengths)}; allowed: one to {MAX_ROW_LENGTHS}, each once")
     for dataset in datasets:
         largest = int(dataset.tokens.argmax())
-        if dataset.tokens[largest] > length:
+        if dataset.tokens[largest] > max(lengths):
             group = dataset.groups[largest]
             raise InputError(
-                f"{group.origin}: the prompt and its {len(group.completions)} completions need "
-                f"{group.tokens} tokens; allowed: row_length={length}; raise row_length or lower max_length"
+                f"{group.origin}: the prompt and its {len(group.completions)} completions need {group.tokens} tokens; "
+                f"allowed: {max(lengths)}, the longest of row_lengths; raise it or lower max_length"
             )
 
 

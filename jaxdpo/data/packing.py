@@ -1,21 +1,39 @@
-"""Groups of ids packed into rows of one static shape.
+"""Groups of ids packed into rows of static shapes: pure arithmetic on lengths.
 
 A row has three capacities: `length` (its tokens), `slots` (its scored tokens) and `groups`; a group is never split.
 Packing is best-fit decreasing: the largest group first, each into the fullest row that still takes it.
 
 >>> pack([60, 50, 40, 10], [9, 9, 9, 9], Capacity(length=100, slots=20, groups=4, candidates=2))
 [[0, 2], [1, 3]]
+
+A microbatch is some rows of one length. Microbatches of one shape leave places empty wherever a step ends before its
+last one does; a layout has up to three shapes, and what is left of a step goes where it takes the least work.
+
+>>> def shape(rows, length):
+...     return Shape(Capacity(length, slots=length, groups=8, candidates=2), rows)
+>>> layout = Layout((shape(2, 100), shape(1, 50)))
+>>> for shape, rows in layout.divide([60, 50, 50, 40, 40, 5], slots=[9, 9, 9, 9, 9, 9]):
+...     print(shape.rows, "x", shape.capacity.length, rows)
+2 x 100 [[0, 3], [2, 4, 5]]
+1 x 50 [[1]]
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.data.groups import TokenizedGroup
-from jaxdpo.types import UNRANKED, Batch, InputError
+from jaxdpo.types import InputError
+
+MICROBATCH_WORK = 256
+"""Work of one more microbatch (gradients read and written once more, a dispatch), in tokens."""
+SEARCHED = 8
+"""The last microbatches of a step are those whose shapes are searched for: so many of the cheapest shape at most."""
+TRIED = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Combinations of shapes that are tried, by their place in the order of their work; an early one holds all, mostly."""
+NOWHERE = np.iinfo(np.int64).max
 
 
 class Capacity(NamedTuple):
@@ -32,8 +50,8 @@ class Capacity(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """The one shape of every microbatch of a run: `rows` rows of `capacity`."""
+class Shape:
+    """The shape of a microbatch: `rows` rows of `capacity`."""
 
     capacity: Capacity
     rows: int
@@ -43,36 +61,122 @@ class Layout:
         """Tokens of a microbatch, padding included."""
         return self.rows * self.capacity.length
 
+
+Division = list[tuple[Shape, list[list[int]]]]
+"""Microbatches: the shape of each, and the indices of the groups in each of its rows."""
+
+
+class Costs(NamedTuple):
+    """What a model's work goes to, in units of the work of its layers on one token, attention left out."""
+
+    slot: float = 0.25
+    """LM head of one slot: vocabulary / (12 x width x layers), 0.24 for SmolLM2-135M, 0.08 for Llama 3 8B."""
+    key: float = 0.0
+    """One key of one query, where attention computes whole rows: 1 / (6 x width). 0 where it skips other groups: what
+    it costs then does not depend on the row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The shapes of the microbatches of a run, the longest rows first; those hold every group."""
+
+    shapes: tuple[Shape, ...]
+    costs: Costs = Costs()  # noqa: RUF009 - immutable
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of a row of each shape."""
+        return tuple(shape.capacity.length for shape in self.shapes)
+
     def summary(self) -> str:
         """One line for people."""
-        length, slots, groups, candidates = self.capacity
+        lengths, slots, groups, _ = zip(*(shape.capacity for shape in self.shapes), strict=True)
+        sizes = [f"{shape.rows} rows x {length}" for shape, length in zip(self.shapes, lengths, strict=True)]
         return (
-            f"microbatches of {self.rows} rows x {length} tokens; a row takes up to {slots} scored tokens "
-            f"and {groups} groups of up to {candidates} completions"
+            f"microbatches of {_either(sizes)} tokens; a row takes up to {_either(slots)} scored tokens and "
+            f"{_either(groups)} groups of up to {self.shapes[0].capacity.candidates} completions"
         )
 
+    def work(self, shape: Shape) -> float:
+        """Work of a microbatch, padding included, in units of the work of the model's layers on one token."""
+        length, slots = shape.capacity[:2]
+        row = length * (1 + length * self.costs.key) + slots * self.costs.slot
+        return shape.rows * row + MICROBATCH_WORK
 
-class Segments(NamedTuple):
-    """The prompts and completions of a microbatch, in row order; int64 `[segments]` each."""
+    def divide(self, tokens: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray) -> Division:
+        """The microbatches of groups of these sizes; the same sizes always give the same.
 
-    row: np.ndarray
-    group: np.ndarray
-    """1-based in its row."""
-    candidate: np.ndarray
-    """0 for a prompt, else 1-based."""
-    start: np.ndarray
-    """Row index of its first token."""
-    size: np.ndarray
-    """Tokens."""
-    position: np.ndarray
-    """Position of its first token in the path: 0 for a prompt, else the prompt's size."""
-    anchor: np.ndarray
-    """Row index of the prompt's last token, which predicts the first token of every candidate."""
-    rank: np.ndarray
-    """`UNRANKED` for a prompt."""
+        Groups that only the longest rows hold are packed into those, the others into the shape that takes the least
+        work a token. Of all but the first of these microbatches it is then tried to find cheaper shapes.
+
+        Args:
+          tokens: `[groups]` row positions that each group takes.
+          slots: `[groups]` scored tokens of each.
+        Raises:
+          InputError: if a group alone exceeds the capacity of the longest rows.
+        """
+        needs = np.array([tokens, slots], np.int64).reshape(2, -1)
+        common = (needs <= np.array(self._main.capacity[:2])[:, None]).all(axis=0)
+        division: Division = []
+        last: Division = []
+        for shape, groups in ((self._main, np.flatnonzero(common)), (self.shapes[0], np.flatnonzero(~common))):
+            rows = [groups[row].tolist() for row in pack(needs[0, groups], needs[1, groups], shape.capacity)]
+            microbatches = _microbatches(shape, rows)
+            division += microbatches[:-SEARCHED]
+            last += microbatches[-SEARCHED:]
+        return division + (self._cheaper(last, needs) if len(self.shapes) > 1 else last)
+
+    @functools.cached_property
+    def _main(self) -> Shape:
+        """The shape that takes the least work a token."""
+        return min(self.shapes, key=lambda shape: self.work(shape) / shape.tokens)
+
+    @functools.cached_property
+    def _volumes(self) -> np.ndarray:
+        """`[2, shapes]`: tokens and slots of a microbatch of each shape."""
+        return np.array([[shape.tokens, shape.rows * shape.capacity.slots] for shape in self.shapes]).T
+
+    def _cheaper(self, division: Division, needs: np.ndarray) -> Division:
+        """The same groups in the shapes that take the least work, of those combinations that are tried."""
+        groups = np.array([group for _, rows in division for row in rows for group in row], np.int64)
+        needs = needs[:, groups]
+        if not len(groups):
+            return division
+        combinations = self._combinations(needs, sum(self.work(shape) for shape, _ in division))
+        for of_shapes in (combinations[place] for place in TRIED if place < len(combinations)):
+            shape_of_row = [
+                shape for shape, count in zip(self.shapes, of_shapes, strict=True) for _ in range(count * shape.rows)
+            ]
+            capacities = np.array([shape.capacity for shape in shape_of_row])  # [rows, 4]
+            packed = best_fit(needs, capacities[:, :2].T, capacities[:, 2])
+            if packed is not None:
+                found: Division = []
+                for shape in self.shapes:
+                    used = [row for row, of in zip(packed, shape_of_row, strict=True) if row and of is shape]
+                    found += _microbatches(shape, [groups[row].tolist() for row in used])
+                return found
+        return division
+
+    def _combinations(self, needs: np.ndarray, limit: float) -> np.ndarray:
+        """Numbers of microbatches of each shape that may hold these groups, by their sums: `[combinations, shapes]`.
+
+        Args:
+          needs: int64 `[2, groups]`: tokens and scored tokens of each group.
+          limit: combinations of so much work are left out.
+        Returns:
+          The numbers, those of the least work first.
+        """
+        volumes = np.array([[shape.tokens, shape.rows * shape.capacity.slots] for shape in self.shapes])  # [shapes, 2]
+        total, largest = needs.sum(axis=1), needs.max(axis=1)
+        most = np.ceil(total / volumes).max(axis=1).astype(int) + 1  # [shapes]
+        counts = np.indices(most + 1).reshape(len(most), -1).T  # [combinations, shapes]
+        holds = [(largest <= shape.capacity[:2]).all() for shape in self.shapes]
+        work = counts @ np.array([self.work(shape) for shape in self.shapes])
+        may = (counts @ volumes >= total).all(axis=1) & (counts[:, holds] > 0).any(axis=1) & (work < limit)
+        return counts[may][np.argsort(work[may], kind="stable")]
 
 
-def pack(tokens: Sequence[int], slots: Sequence[int], capacity: Capacity) -> list[list[int]]:
+def pack(tokens: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray, capacity: Capacity) -> list[list[int]]:
     """Distributes groups over rows; the same lengths always give the same rows.
 
     Args:
@@ -91,124 +195,42 @@ def pack(tokens: Sequence[int], slots: Sequence[int], capacity: Capacity) -> lis
             f"group {group} needs {needs[0, group]} tokens, {needs[1, group]} of them scored; "
             f"allowed: {capacity.length} and {capacity.slots} a row; raise the row length or lower max_length"
         )
-    order = np.argsort(-(needs / size).max(axis=0), kind="stable")  # slots can be what fills a row
-    free = np.repeat(size, len(order), axis=1)  # [2, rows] at most one row per group
-    places = np.full(len(order), capacity.groups)
-    rows: list[list[int]] = []
-    for group in order:
-        opened = len(rows)
-        need = needs[:, group, None]
-        fits = (free[:, :opened] >= need).all(axis=0) & (places[:opened] > 0)
-        row = int(np.where(fits, free[0, :opened], capacity.length + 1).argmin()) if fits.any() else opened
-        if row == opened:
-            rows.append([])
-        rows[row].append(int(group))
-        free[:, row] -= needs[:, group]
+    rows = best_fit(needs, np.repeat(size, needs.shape[1], axis=1), np.full(needs.shape[1], capacity.groups))
+    assert rows is not None  # a row for each group
+    return [row for row in rows if row]
+
+
+def best_fit(needs: np.ndarray, free: np.ndarray, places: np.ndarray) -> list[list[int]] | None:
+    """Distributes groups over given rows, the largest first, each into the fullest row that still takes it.
+
+    Args:
+      needs: int64 `[2, groups]`: tokens and scored tokens of each.
+      free: int64 `[2, rows]`: how many of them each row takes, the largest first.
+      places: `[rows]`: how many groups each takes.
+    Returns:
+      The groups of each row, which may be none; None where a group is left over.
+    """
+    order = np.argsort(-(needs / free.max(axis=1, keepdims=True, initial=1)).max(axis=0), kind="stable")
+    tokens, slots = free.copy()  # slots can be what fills a row
+    places = places.copy()
+    rows: list[list[int]] = [[] for _ in places]
+    for group, (of_tokens, of_slots) in zip(order.tolist(), needs.T[order].tolist(), strict=True):
+        fits = (tokens >= of_tokens) & (slots >= of_slots) & (places > 0)
+        row = int(np.where(fits, tokens, NOWHERE).argmin())
+        if not fits[row]:
+            return None
+        rows[row].append(group)
+        tokens[row] -= of_tokens
+        slots[row] -= of_slots
         places[row] -= 1
     return rows
 
 
-def build_batch(dataset: TokenizedDataset, rows: Sequence[Sequence[int]], layout: Layout) -> Batch:
-    """Writes groups into the arrays of one microbatch.
-
-    Args:
-      dataset: the groups.
-      rows: indices in the dataset of the groups in each row, at most `layout.rows` rows; missing rows are empty.
-      layout: the shape.
-    Returns:
-      NumPy arrays that hold the invariants of `jaxdpo.types.check_batch`. Which fields there are follows from the
-      dataset, so that all its batches are of one kind.
-    Raises:
-      ValueError: if there are more rows than the layout has, or a row overflows.
-    """
-    length, slots, max_groups, candidates = layout.capacity
-    members = [[dataset.groups[index] for index in row] for row in rows]
-    segments, ids = _segments(members)
-    of_token = np.repeat(np.arange(len(segments.size)), segments.size)  # [tokens] its segment
-    offset = np.arange(len(ids)) - np.repeat(np.cumsum(segments.size) - segments.size, segments.size)  # [tokens]
-    scored = np.flatnonzero(segments.candidate[of_token] > 0)  # [scored tokens]
-    of_slot = of_token[scored]
-    slots_of_row = np.bincount(segments.row[of_slot], minlength=len(rows))
-    _check_fits(segments, slots_of_row, len(rows), layout)
-    slot = np.arange(len(scored)) - np.repeat(np.cumsum(slots_of_row) - slots_of_row, slots_of_row)
-    index = segments.start[of_token] + offset  # [tokens] row index
-    owner = (segments.group - 1) * candidates + segments.candidate - 1  # [segments]
-
-    def per_token(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((layout.rows, length), np.int32)
-        out[segments.row[of_token], index] = values
-        return out
-
-    def per_slot(values: np.ndarray, empty: int = 0) -> np.ndarray:
-        out = np.full((layout.rows, slots), empty, np.int32)
-        out[segments.row[of_slot], slot] = values
-        return out
-
-    def per_candidate(values: np.ndarray, absent: int) -> np.ndarray:
-        out = np.full((layout.rows, max_groups * candidates), absent, np.int32)
-        present = segments.candidate > 0
-        out[segments.row[present], owner[present]] = values[present]
-        return out.reshape(layout.rows, max_groups, candidates)
-
-    def per_group(values: Sequence[Sequence[float]], absent: int, dtype: type) -> np.ndarray:
-        out: np.ndarray = np.full((layout.rows, max_groups), absent, dtype)
-        for row, of_groups in enumerate(values):
-            out[row, : len(of_groups)] = of_groups
-        return out
-
-    return Batch(
-        tokens=per_token(ids),
-        positions=per_token(segments.position[of_token] + offset),
-        group=per_token(segments.group[of_token]),
-        candidate=per_token(segments.candidate[of_token]),
-        slot_source=per_slot(np.where(offset[scored] == 0, segments.anchor[of_slot], index[scored] - 1)),
-        slot_target=per_slot(ids[scored]),
-        slot_owner=per_slot(owner[of_slot], empty=max_groups * candidates),
-        candidate_last=per_candidate(segments.start + segments.size - 1, absent=0),
-        candidate_mask=per_candidate(np.ones_like(owner), absent=0).astype(bool),
-        rank=per_candidate(segments.rank, absent=UNRANKED),
-        example_id=per_group(rows, -1, np.int32),
-        label=_labels(members, layout) if dataset.labelled else None,
-        margin=per_group([[group.margin or 0 for group in row] for row in members], 0, np.float32)
-        if dataset.has_margins
-        else None,
-    )
+def _microbatches(shape: Shape, rows: list[list[int]]) -> Division:
+    return [(shape, rows[start : start + shape.rows]) for start in range(0, len(rows), shape.rows)]
 
 
-def _segments(members: Sequence[Sequence[TokenizedGroup]]) -> tuple[Segments, np.ndarray]:
-    """The segments of the rows, and the ids of all of them one after another."""
-    table: list[tuple[int, ...]] = []
-    ids = [np.zeros(0, np.int32)]
-    for row, groups in enumerate(members):
-        start = 0
-        for number, group in enumerate(groups, start=1):
-            prompt = len(group.prompt)
-            anchor = start + prompt - 1
-            parts = zip((group.prompt, *group.completions), (UNRANKED, *group.candidate_ranks), strict=True)
-            for candidate, (part, rank) in enumerate(parts):
-                table.append((row, number, candidate, start, len(part), prompt if candidate else 0, anchor, rank))
-                ids.append(part)
-                start += len(part)
-    columns = np.array(table, np.int64).reshape(-1, len(Segments._fields))
-    return Segments(*columns.T), np.concatenate(ids)
-
-
-def _labels(members: Sequence[Sequence[TokenizedGroup]], layout: Layout) -> np.ndarray:
-    """`Batch.label` of labelled groups: that of the first completion; a partner behind it has none of its own."""
-    label = np.zeros((layout.rows, layout.capacity.groups, layout.capacity.candidates), np.float32)
-    for row, groups in enumerate(members):
-        label[row, : len(groups), 0] = [bool(group.label) for group in groups]
-    return label
-
-
-def _check_fits(segments: Segments, slots_of_row: np.ndarray, rows: int, layout: Layout) -> None:
-    """Raises ValueError if the rows do not fit the layout: indexing would fail unclearly, or wrap around."""
-    got = Capacity(
-        length=(segments.start + segments.size).max(initial=0),
-        slots=slots_of_row.max(initial=0),
-        groups=segments.group.max(initial=0),
-        candidates=segments.candidate.max(initial=0),
-    )
-    if rows > layout.rows or any(np.array(got) > layout.capacity):
-        needed = Layout(Capacity(*map(int, got)), rows)
-        raise ValueError(f"the rows need {needed}; allowed: {layout}; pack them with the capacity of their layout")
+def _either(values: Sequence[Any]) -> str:
+    """`1`, `1 or 2`, `1, 2 or 3`."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last

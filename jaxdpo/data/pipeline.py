@@ -6,32 +6,33 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from jaxdpo.data.batch import build_batch
 from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.data.packing import Layout, build_batch, pack
+from jaxdpo.data.packing import Layout
 from jaxdpo.data.plan import StepPlan
 from jaxdpo.types import Batch
 
 PREFETCHED_STEPS = 4
 PACKED_TOGETHER = 1024
-"""Groups that `all_batches` packs at a time: enough to fill rows well; the time of packing grows with its square."""
+"""Groups that `all_batches` packs at a time, about: enough to fill rows well; the time of packing grows with its
+square."""
 
 
 def microbatches(dataset: TokenizedDataset, indices: Sequence[int] | np.ndarray, layout: Layout) -> list[Batch]:
-    """The fewest microbatches of one shape that hold the given groups.
+    """The microbatches that hold the given groups with the least work.
 
     Args:
       dataset: all groups.
       indices: which of them, for example `StepPlan.groups_of_step(step)`.
-      layout: the shape.
+      layout: the shapes.
     Returns:
-      NumPy batches; the last one may have empty rows.
+      NumPy batches; the last one of each shape may have empty rows.
     Raises:
       InputError: if a group alone exceeds the layout's capacity.
     """
-    rows = _pack(dataset, np.asarray(indices), layout)
-    return [
-        build_batch(dataset, rows[start : start + layout.rows], layout) for start in range(0, len(rows), layout.rows)
-    ]
+    indices = np.asarray(indices)
+    divided = layout.divide(dataset.tokens[indices], dataset.slots[indices])
+    return [build_batch(dataset, [indices[row].tolist() for row in rows], shape) for shape, rows in divided]
 
 
 def prefetched(
@@ -65,20 +66,15 @@ def first_epoch(dataset: TokenizedDataset, plan: StepPlan, layout: Layout, steps
 
 
 def all_batches(dataset: TokenizedDataset, layout: Layout) -> Iterator[Batch]:
-    """Every group once, in few batches of one shape: for evaluation."""
+    """Every group once, in few batches: for evaluation."""
     parts = math.ceil(len(dataset) / PACKED_TOGETHER)
     order = np.argsort(dataset.tokens, kind="stable")  # strided: every part has its share of long and short groups
-    rows: list[list[int]] = []
+    left = order[:0]
     for part in range(parts):
-        rows += _pack(dataset, order[part::parts], layout)
-        while len(rows) >= layout.rows:
-            yield build_batch(dataset, rows[: layout.rows], layout)
-            rows = rows[layout.rows :]
-    if rows:
-        yield build_batch(dataset, rows, layout)
-
-
-def _pack(dataset: TokenizedDataset, indices: np.ndarray, layout: Layout) -> list[list[int]]:
-    """Rows of indices in the dataset."""
-    rows = pack(dataset.tokens[indices], dataset.slots[indices], layout.capacity)
-    return [[int(indices[group]) for group in row] for row in rows]
+        indices = np.concatenate([left, order[part::parts]])
+        divided = layout.divide(dataset.tokens[indices], dataset.slots[indices])
+        made = [(shape, [indices[row].tolist() for row in rows]) for shape, rows in divided]
+        if part + 1 < parts:  # the next part fills the last one up
+            left = np.concatenate(made.pop()[1])
+        for shape, rows in made:
+            yield build_batch(dataset, rows, shape)

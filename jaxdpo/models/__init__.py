@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdpo.models.attention import attention, full_precision, tree_mask
+from jaxdpo.models.attention import attention, tree_mask
 from jaxdpo.models.config import Rope, TransformerConfig
 from jaxdpo.models.forms import ATTENTION
+from jaxdpo.models.matmul import full_precision
+from jaxdpo.models.remat import REMAT
 from jaxdpo.models.transformer import Transformer
 from jaxdpo.sharding import constrain, named_sharding
 from jaxdpo.types import Array, Batch, InputError
@@ -47,11 +49,13 @@ class Decoder:
       config: what it computes.
       compute_dtype: what activations are; parameters are cast to it at use.
       attention: the form that attention is computed in, a key of `models.forms.ATTENTION`; all give the same numbers.
+      remat: what a layer keeps for the backward pass, a key of `models.remat.REMAT`.
     """
 
     config: TransformerConfig
     compute_dtype: str
     attention: str = "dense"
+    remat: str = "full"
 
     def hidden(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """States of every token of packed preference trees, after the final norm.
@@ -110,29 +114,36 @@ class Decoder:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return form.attend(q, k, v, prepared)
 
-        return self._merge(params).hidden(tokens, positions, attend, jnp.dtype(self.compute_dtype))
+        return self._merge(params).hidden(
+            tokens, positions, attend, dtype=jnp.dtype(self.compute_dtype), remat=self.remat
+        )
 
     def _merge(self, params: dict[str, Any]) -> Transformer:
         return nnx.merge(_abstract(self.config)[0], params)
 
 
-def make_decoder(config: TransformerConfig, *, compute_dtype: str = "float32", attention: str = "dense") -> Decoder:
+def make_decoder(
+    config: TransformerConfig, *, compute_dtype: str = "float32", attention: str = "dense", remat: str = "full"
+) -> Decoder:
     """The static half of a model.
 
     Args:
       config: what it computes.
       compute_dtype: "float32", "bfloat16", or "float64" (needs jax's x64 mode).
       attention: the form that attention is computed in, a key of `models.forms.ATTENTION`.
+      remat: what a layer keeps for the backward pass, a key of `models.remat.REMAT`.
     Raises:
-      InputError: for another dtype or form.
+      InputError: for another dtype, form or policy.
     """
     if attention not in ATTENTION:
         raise InputError(f"attention is {attention!r}; allowed: {', '.join(ATTENTION)}")
+    if remat not in REMAT:
+        raise InputError(f"remat is {remat!r}; allowed: {', '.join(REMAT)}")
     if compute_dtype not in COMPUTE_DTYPES:
         raise InputError(f"compute_dtype is {compute_dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
     if compute_dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise InputError("compute_dtype is 'float64' but jax would truncate it; set jax_enable_x64")
-    return Decoder(config, compute_dtype, attention)
+    return Decoder(config, compute_dtype, attention, remat)
 
 
 def logical_axes(decoder: Decoder) -> dict[str, Any]:

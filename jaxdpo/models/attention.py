@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxdpo.models.matmul import full_precision
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Attention over given rows: `(q [rows, length, heads, head_dim], k [rows, length, kv_heads, head_dim], v) -> as q`."""
@@ -82,9 +85,4 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     logits = jnp.where(seen, logits, jnp.finfo(wide).min / 2)
     weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
     out = jnp.einsum("rngqk,rknh->rqngh", weights, v, precision=precision)
-    return out.reshape(rows, length, heads, head_dim)
-
-
-def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Matrix products of float32 arrays are rounded to bfloat16 on TPU and TF32 on GPU unless this is asked for."""
-    return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
+    return checkpoint_name(out.reshape(rows, length, heads, head_dim), "attention")

@@ -1,7 +1,5 @@
 """The decoder-only Transformer as a Flax NNX module: embedding, a scanned stack of blocks, a final norm, a head."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +7,7 @@ from flax import nnx
 from jaxdpo.models.attention import Attend
 from jaxdpo.models.config import TransformerConfig
 from jaxdpo.models.layers import Block, Norm, make_param, rope_angles
+from jaxdpo.models.remat import with_remat
 from jaxdpo.sharding import constrain
 
 
@@ -31,7 +30,9 @@ class Transformer(nnx.Module):
         self.head = make_param(config, ("vocab", "embed"), normal, rngs) if untied else None
         self.score = make_param(config, ("embed",), normal, rngs) if config.head == "score" else None
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: jnp.dtype) -> jax.Array:
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, *, dtype: jnp.dtype, remat: str
+    ) -> jax.Array:
         """States after the final norm.
 
         Args:
@@ -39,6 +40,7 @@ class Transformer(nnx.Module):
           positions: int `[rows, length]`, each below `max_positions`.
           attend: attention over these rows.
           dtype: what to compute in.
+          remat: a key of `REMAT`.
         Returns:
           `[rows, length, embed]` in `dtype`.
         """
@@ -49,13 +51,10 @@ class Transformer(nnx.Module):
         angles = None if rope is None else rope_angles(rope, self.config.head_dim, positions, dtype)
         x = constrain(x, "batch", None, None)
 
-        # Scan with recomputation: 30 layers compile as one, and only the residual stream is kept for the backward pass
-        # (SmolLM2-135M, 2 rows of 512: 195 MiB of temporaries for 2988 unrolled).
-        @functools.partial(jax.checkpoint, prevent_cse=False)
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return constrain(block(x, attend, angles), "batch", None, None), None
 
-        x, _ = jax.lax.scan(layer, x, self.blocks)
+        x, _ = jax.lax.scan(with_remat(layer, remat), x, self.blocks)  # 30 layers compile as one
         return self.final_norm(x)
 
     def head_kernel(self) -> jax.Array:

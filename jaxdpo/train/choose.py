@@ -72,16 +72,26 @@ def _check_reference(config: DPOConfig, rows: dict[str, LossSpec]) -> None:
         raise InputError(
             "--f-alpha-divergence-coef needs --f-divergence-type alpha_divergence; add it or drop the flag"
         )
+    having = [name for name, row in LOSSES.items() if row.needs_reference]
+    without = config.reference_free or set(having).isdisjoint(rows)
     if config.ref_model_sync_steps is not None:
-        if config.reference_free or not any(row.needs_reference for row in rows.values()):
-            _ignored(config, "ref_model_sync_steps", [name for name, row in LOSSES.items() if row.needs_reference])
+        if without:
+            _ignored(config, "ref_model_sync_steps", having)
     elif config.ref_model_mixup_alpha is not None:
         raise InputError("--ref-model-mixup-alpha needs --ref-model-sync-steps; add it or drop the flag")
+    if not config.precompute_ref_log_probs:
+        if config.ref_model_sync_steps is not None:
+            raise InputError(
+                "--no-precompute-ref-log-probs has no effect with --ref-model-sync-steps: a reference that moves is "
+                "evaluated at every step; drop one of them"
+            )
+        if without:
+            _ignored(config, "precompute_ref_log_probs", having)
 
 
 def _ignored(config: DPOConfig, option: str, allowed: list[str]) -> None:
     value = getattr(config, option)
-    given = flag(option) if value is True else f"{flag(option)} {value}"
+    given = flag(option if value else f"no_{option}") if isinstance(value, bool) else f"{flag(option)} {value}"
     raise InputError(
         f"{given} has no effect with --loss {config.loss}{' --reference-free' if config.reference_free else ''}; "
         f"allowed with: {', '.join(allowed)}; drop it or choose another loss"

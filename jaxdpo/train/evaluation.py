@@ -19,6 +19,7 @@ from jaxdpo.train.objective import (
     Task,
     group_losses,
     mean_totals,
+    statistics_of,
     totals,
 )
 from jaxdpo.train.state import TrainState
@@ -67,7 +68,13 @@ def evaluate(task: Task, outputs: Outputs, data: GroupData, scalars: Scalars, *,
 
 
 def held_out_evaluation(
-    task: Task, scalars: Scalars, dataset: TokenizedDataset, layout: Layout, state: TrainState
+    task: Task,
+    scalars: Scalars,
+    dataset: TokenizedDataset,
+    layout: Layout,
+    state: TrainState,
+    *,
+    reference: np.ndarray | None = None,
 ) -> tuple[Evaluation, Callable[[TrainState], Evaluation]]:
     """Evaluates an untrained model on held-out groups, and returns how to evaluate a state after it.
 
@@ -77,6 +84,7 @@ def held_out_evaluation(
       dataset: the held-out groups.
       layout: shape of their batches.
       state: before the first step: its policy is the reference.
+      reference: `[examples, candidates]` log-probs of the reference where they are known already, nats.
     Returns:
       That state's evaluation, and a function from a state to its evaluation. A reference that moves is taken as it is
       at that state.
@@ -86,16 +94,23 @@ def held_out_evaluation(
     def outputs(params: dict) -> Outputs:
         return _outputs(lambda params, batch: program(params, batch, scalars), params, dataset, layout, state.mesh)
 
-    def of(measured: Outputs, state: TrainState) -> Evaluation:
-        reference = None
-        if task.loss.needs_reference:
-            reference = (initial if state.ref_params is None else outputs(state.ref_params)).values
+    def of(measured: Outputs, reference: Any, state: TrainState) -> Evaluation:
         baseline = None if state.running is None else state.running.mean
-        return evaluate(task, measured, group_data(dataset, reference), scalars, baseline=baseline)
+        data = group_data(dataset, reference if task.loss.needs_reference else None)
+        return evaluate(task, measured, data, scalars, baseline=baseline)
 
-    initial = outputs(state.params)
-    # The same program on the same parameters gives the same numbers, so the reference is its own policy here.
-    return of(initial, state), lambda state: of(outputs(state.params), state)
+    def later(state: TrainState) -> Evaluation:
+        moved = initial if state.ref_params is None else outputs(state.ref_params)
+        return of(outputs(state.params), moved.values, state)
+
+    # The reference is its own policy here: exactly, although what is stored was packed in other rows.
+    if reference is None:
+        initial = outputs(state.params)
+    elif statistics_of(task.loss):
+        initial = outputs(state.params)._replace(values=reference)
+    else:
+        initial = Outputs(reference, {})
+    return of(initial, initial.values, state), later
 
 
 def _outputs(

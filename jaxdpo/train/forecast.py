@@ -1,37 +1,60 @@
 """What a run will do and about how long it will take, printed before it starts."""
 
-import math
 import time
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.layout import fill_of
-from jaxdpo.data.packing import Layout
+from jaxdpo.data.packing import Costs, Layout
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.data.plan import StepPlan
 from jaxdpo.losses import LOSSES, LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
-from jaxdpo.train.optimizer import make_optimizer
+from jaxdpo.sharding import batch_size_multiple
+from jaxdpo.train.memory import device_memory, layout_bytes
+from jaxdpo.types import Batch
 
 UTILISATION = 0.35
 """Share of the matrix-product rate that a step is taken to reach: cautious, and only the printed time rests on it."""
-BACKWARD = 4.0
-"""Cost of forward, recomputed forward and backward over that of the forward pass alone."""
+SKIPPING = ("blockwise",)
+"""Forms of attention whose work is that of the groups, not that of the rows they are packed into."""
+BACKWARD = {"none": 3.0, "projections": 3.0, "attention": 4.0, "full": 4.0}
+"""Cost of forward, what is computed again and backward over that of the forward pass alone, by `remat`."""
 
 
-def forward_flops(config: TransformerConfig, parameters: int, *, rows: int, length: int, slots: int) -> float:
-    """Floating-point operations of one forward pass over `rows` packed rows, padding included.
+def layer_flops(config: TransformerConfig) -> float:
+    """Floating-point operations of the layers on one token, forward, attention left out: two for each weight."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim  # queries, outputs, keys and values
+    mlp = (3 if config.gated_mlp else 2) * config.mlp_dim
+    return 2.0 * config.num_layers * config.embed_dim * (heads + mlp)
 
-    Two per weight and token, `4 * length * heads * head_dim` per token and layer for dense attention, and the LM head
-    on slots only.
-    """
-    tables = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
-    per_token = 2.0 * (parameters - tables) + 4.0 * length * config.num_heads * config.head_dim * config.num_layers
-    return rows * (length * per_token + slots * 2.0 * config.vocab_size * config.embed_dim)
+
+def key_flops(config: TransformerConfig) -> float:
+    """Of attention for one query and one key that it is computed with, in all layers: score and weighted value."""
+    return 4.0 * config.num_layers * config.num_heads * config.head_dim
+
+
+def slot_flops(config: TransformerConfig) -> float:
+    """Of the LM head on one slot; a score head's are nothing beside the layers'."""
+    return 2.0 * config.vocab_size * config.embed_dim if config.head == "lm" else 0.0
+
+
+def layout_costs(decoder: Decoder) -> Costs:
+    """What the choice of a layout weighs, by the widths of the model and by the keys that its attention computes."""
+    config, layers = decoder.config, layer_flops(decoder.config)
+    whole_rows = decoder.attention not in SKIPPING
+    return Costs(slot=slot_flops(config) / layers, key=key_flops(config) / layers if whole_rows else 0.0)
+
+
+def forward_flops(config: TransformerConfig, *, rows: int, length: int, slots: int, keys: float) -> float:
+    """Of one forward pass over packed rows, padding included, where each query is computed with so many keys."""
+    per_token = layer_flops(config) + keys * key_flops(config)
+    return rows * (length * per_token + slots * slot_flops(config))
 
 
 def measured_peak(dtype: str, *, size: int = 1024, seconds: float = 0.3) -> float:
@@ -51,30 +74,31 @@ def print_forecast(
     loss: LossSpec,
     model: Decoder,
     params: dict,
+    state: int,
     datasets: Sequence[TokenizedDataset],
     layout: Layout,
     order: StepPlan,
     total: int,
 ) -> None:
-    """Prints model, layout, memory and time of a run of `total` optimizer steps."""
+    """Prints model, layout, memory (`state` bytes a device besides activations) and time of a run of `total` steps."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     devices = jax.tree.leaves(params)[0].sharding.device_set
     sampled = [microbatches(datasets[0], step, layout) for step in order.sampled_steps()]
     per_step = sum(map(len, sampled)) / len(sampled)
-    length, slots = layout.capacity.length, layout.capacity.slots
     pairs = min(order.batch_size, order.groups_per_epoch)
-    flops = forward_flops(model.config, size, rows=layout.rows, length=length, slots=slots)
+    flops = sum(_forward_flops(model, batch, datasets[0]) for step in sampled for batch in step) / len(sampled)
     # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's at the end.
-    moving = isinstance(config, DPOConfig) and config.ref_model_sync_steps is not None
+    every_step = isinstance(config, DPOConfig) and (
+        config.ref_model_sync_steps is not None or not config.precompute_ref_log_probs
+    )
     coupled = loss.coupling in ("statistic", "sort") and per_step > 1  # all log-probs first, then the gradient
     passes = 2 * sum(map(len, datasets[1:])) / pairs + coupled * total
-    passes += total if moving else loss.needs_reference * min(total, order.num_steps_per_epoch)
-    work = flops * per_step * (BACKWARD * total + passes)
+    passes += total if every_step else loss.needs_reference * min(total, order.num_steps_per_epoch)
+    work = flops * (BACKWARD[model.remat] * total + passes)
     seconds = work / (UTILISATION * measured_peak(model.compute_dtype) * len(devices))
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))  # on each device
-    moments = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, params))) / size
-    accumulated = 2 if any(len(batches) > 1 for batches in sampled) else 1
-    memory = 4 * held * (1 + moments + accumulated + moving)
+    device = next(iter(devices))
+    parts = batch_size_multiple(jax.tree.leaves(params)[0].sharding.mesh)
+    activations, of = layout_bytes(model, layout, parts=parts), device_memory(device)
     print(f"model      {size / 1e6:.1f} M parameters, {model.compute_dtype}, on {len(devices)} device(s)")
     print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"
@@ -85,8 +109,20 @@ def print_forecast(
             print(f"           {', '.join(over)} over all ordered pairs of each ranking")
     schedule = f"{config.learning_rate:g} after {config.warmup_steps} warm-up steps"
     print(f"optimizer  {config.optimizer}, learning rate {schedule}")
-    print(f"memory     {memory / 2**30:.1f} GiB a device for parameters, gradients and optimizer, plus activations")
+    print(f"compute    attention {model.attention}, remat {model.remat}")
+    print(
+        f"memory     {state / 2**30:.1f} GiB a device for parameters, gradients and optimizer, about "
+        f"{activations / 2**30:.1f} GiB for activations, of {of / 2**30:.1f} GiB"
+    )
     print(f"time       about {duration(seconds)}, at {UTILISATION:.0%} of the measured matrix-product rate")
+
+
+def _forward_flops(decoder: Decoder, batch: Batch, dataset: TokenizedDataset) -> float:
+    """Of one forward pass over a microbatch."""
+    (rows, length), slots = batch.tokens.shape, batch.slot_owner.shape[1]
+    sizes = dataset.tokens.astype(np.float64)
+    keys = np.square(sizes).sum() / sizes.sum() if decoder.attention in SKIPPING else length
+    return forward_flops(decoder.config, rows=rows, length=length, slots=slots, keys=float(keys))
 
 
 def duration(seconds: float) -> str:

@@ -5,19 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.losses import LossSpec
-from jaxdpo.reference import DatasetLogps, LogpProgram, slot_logps
+from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, slot_logps
 from jaxdpo.sharding import place_batch
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.evaluation import Evaluation
 from jaxdpo.train.interrupt import Interruption
 from jaxdpo.train.loggers import Loggers
-from jaxdpo.train.objective import Outputs, group_data, group_losses, step_counts
+from jaxdpo.train.objective import GroupData, Outputs, group_data, group_losses, joined_groups, step_counts
 from jaxdpo.train.state import TrainState, move_reference
 from jaxdpo.train.step import Microbatch, StepPrograms, run_step, shortest
 from jaxdpo.types import Batch, RunInterrupted, RunStopped
@@ -52,13 +51,26 @@ class MovingReference(NamedTuple):
     """How far, from 0 to 1."""
 
 
+class Timing(NamedTuple):
+    """Where the time of the steps went."""
+
+    first: float
+    """Seconds of the first step, which compiles."""
+    steps: int = 0
+    """How many others compiled nothing."""
+    seconds: float = 0.0
+    """Of those."""
+    waited: float = 0.0
+    """Seconds of them in which the data was waited for."""
+
+
 class Objective(NamedTuple):
     """What is minimised, and against which reference."""
 
     loss: LossSpec
     scalars: Mapping[str, Any]
-    reference: DatasetLogps | MovingReference | None
-    """Stored log-probs, a reference that moves, or none."""
+    reference: TokenLogps | FrozenReference | MovingReference | None
+    """Stored log-probs, a reference that stays or moves, or none."""
     dtype: str
     groups: Sequence[TokenizedGroup] = ()
     """Of each example, for messages that name where it came from; empty where that is not known."""
@@ -81,7 +93,7 @@ def train(
     evaluate: Callable[[TrainState], Evaluation] | None,
     writer: Loggers,
     checkpoints: Checkpoints,
-) -> tuple[TrainState, Evaluation | None]:
+) -> tuple[TrainState, Evaluation | None, Timing | None]:
     """Runs optimizer steps until `schedule.total`; the last one is always evaluated and saved.
 
     Args:
@@ -94,21 +106,26 @@ def train(
       writer: gets one row per step.
       checkpoints: where states go.
     Returns:
-      The last state, and its evaluation; None without held-out data, or if nothing was left to do.
+      The last state; its evaluation, None without held-out data, or if nothing was left to do; and where the time went,
+      None if nothing was left to do.
     Raises:
       FloatingPointError: for a loss or gradient that is not finite; names step, examples and last good checkpoint.
       RunInterrupted: after Ctrl-C or SIGTERM; the step that was under way is done and saved.
       RunStopped: if the first loss is not that of a policy equal to its reference, or a disk is full.
     """
     mesh = state.mesh
-    evaluation = None
+    evaluation = timing = None
+    compiled: set[tuple] = set()
     progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step")
     with progress as bar, Interruption() as stop:
         began = time.perf_counter()
         for step, batches in steps:
+            placed = place_batch(batches, mesh)
+            waited = time.perf_counter() - began
             counts = step_counts(batches)
             microbatches = [
-                place_batch(Microbatch(batch, objective.ref_logps(state, batch)), mesh) for batch in batches
+                Microbatch(here, place_batch(objective.ref_logps(state, batch), mesh))
+                for batch, here in zip(batches, placed, strict=True)
             ]
             state, metrics, losses = run_step(programs, state, microbatches, counts, objective.scalars)
             stop.hold()
@@ -120,12 +137,14 @@ def train(
             moving = objective.reference if isinstance(objective.reference, MovingReference) else None
             if moving is not None and (step + 1) % moving.sync_steps == 0:
                 state = move_reference(state, moving.mixup)
+            timing = _timed(timing, seconds, waited, compiles=_compiles(batches, compiled))
             row = {
                 "step": step + 1,
                 **metrics,
                 "learning_rate": shortest(schedule.learning_rate(step)),
                 "tokens": sum(int((batch.group > 0).sum()) for batch in batches),
                 "pairs_per_second": float(counts.groups) / seconds,
+                "data_wait": waited / seconds,
             }
             last, evaluated = step + 1 == schedule.total, None
             if evaluate and (last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0)):
@@ -145,7 +164,24 @@ def train(
         checkpoints.wait()
         if stop.signal is not None:
             raise RunInterrupted(_interrupted(stop.signal.name, checkpoints, schedule.total), stop.signal)
-    return state, evaluation
+    return state, evaluation, timing
+
+
+def _timed(timing: Timing | None, seconds: float, waited: float, *, compiles: bool) -> Timing:
+    """The timing with one more step."""
+    if timing is None:
+        return Timing(seconds)
+    if compiles:
+        return timing
+    return timing._replace(steps=timing.steps + 1, seconds=timing.seconds + seconds, waited=timing.waited + waited)
+
+
+def _compiles(batches: Sequence[Batch], compiled: set[tuple]) -> bool:
+    """Whether a step is the first that runs the programs of its shapes; `compiled` are those of the steps before."""
+    needed = {(len(batches) > 1, batch.tokens.shape) for batch in batches}
+    new = not needed <= compiled
+    compiled |= needed
+    return new
 
 
 def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microbatch], objective: Objective) -> None:
@@ -174,11 +210,11 @@ def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microb
 
 def _loss_at_reference(microbatches: Sequence[Microbatch], objective: Objective) -> float:
     """The loss of a step whose policy has the reference's log-probs."""
-    whole: Microbatch = jax.tree.map(lambda *parts: np.concatenate(jax.device_get(parts)), *microbatches)
-    data = group_data(*whole, objective.scalars)
+    parts = jax.device_get([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
+    data: GroupData = joined_groups(parts, [part.where.any(axis=-1) for part in parts])
     shared = {} if objective.loss.running is None else {"baseline": 0.0}  # all rewards are 0
     losses = group_losses(objective.loss, Outputs(data.ref_logps, {}), data, objective.scalars, shared)
-    return float(losses.sum() / jnp.asarray(whole.batch.group_mask).sum())
+    return float(losses.mean())
 
 
 def _interrupted(signal: str, checkpoints: Checkpoints, total: int) -> str:

@@ -145,6 +145,29 @@ def group_data(batch: Batch, ref_logps: Array | None, scalars: Scalars) -> Group
     return GroupData(reference, batch.candidate_mask, lengths, batch.rank, batch.label, batch.margin)
 
 
+def joined_groups(parts: Sequence[Any], masks: Sequence[Array]) -> Any:
+    """What several microbatches hold of their groups, as one, on the host: their rows may be of any length and number.
+
+    Args:
+      parts: of each a pytree of NumPy arrays `[rows, groups, ...]`.
+      masks: of each bool `[rows, groups]`: which groups exist.
+    Returns:
+      The pytree of arrays `[groups of the step, ...]`, in the order of the microbatches.
+    """
+    return jax.tree.map(
+        lambda *arrays: np.concatenate([array[mask] for array, mask in zip(arrays, masks, strict=True)]), *parts
+    )
+
+
+def split_groups(of_groups: np.ndarray, masks: Sequence[Array]) -> list[np.ndarray]:
+    """The inverse of `joined_groups`: of each microbatch `[rows, groups, ...]`, 0 for groups that do not exist."""
+    ends = np.cumsum([mask.sum() for mask in masks])
+    out = [np.zeros((*mask.shape, *of_groups.shape[1:]), of_groups.dtype) for mask in masks]
+    for array, mask, part in zip(out, masks, np.split(of_groups, ends[:-1]), strict=True):
+        array[mask] = part
+    return out
+
+
 def group_losses(
     loss: LossSpec, outputs: Outputs, data: GroupData, scalars: Scalars, shared: Mapping[str, Any] | None = None
 ) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import tqdm
 
-from jaxdpo.config import DType, RunConfig
+from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.audit import Audit
 from jaxdpo.data.audit_text import summary
 from jaxdpo.data.dataset import TokenizedDataset
@@ -24,16 +24,15 @@ from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.sharding import batch_size_multiple, make_mesh
 from jaxdpo.train.checkpoint import tree_digests
-from jaxdpo.train.forecast import print_forecast
+from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype
+from jaxdpo.train.forecast import layout_costs, print_forecast
 from jaxdpo.train.loop import Schedule
+from jaxdpo.train.memory import choose_remat, state_bytes
 from jaxdpo.train.objective import Task
-from jaxdpo.train.optimizer import warmup_schedule
+from jaxdpo.train.optimizer import make_optimizer, warmup_schedule
 from jaxdpo.train.run_dir import RunDir
 from jaxdpo.types import InputError
 
-MICROBATCH_TOKENS = {"cpu": 2048}
-MICROBATCH_TOKENS_ELSEWHERE = 16384
-"""Most tokens of one forward pass per device, by platform, unless `microbatch_tokens` says otherwise."""
 SAVES = 10
 """Checkpoints of a run, unless `save_every` says otherwise."""
 
@@ -123,29 +122,39 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     mesh = mesh_of(devices, architecture)
     dtype = config.dtype or default_dtype(devices)
     model, params = recipe.load(config, source, compute_dtype=dtype, mesh=mesh)
-    microbatch_tokens = config.microbatch_tokens or default_microbatch_tokens(devices)
+    model = dataclasses.replace(model, attention=config.attention or default_attention(devices, architecture))
+    datasets = [item.dataset for item in data]
+    microbatch_tokens = choose_microbatch_tokens(config.microbatch_tokens, datasets, devices, config.lengths_of_rows)
     order = StepPlan(
         data[0].dataset.sizes, config.batch_size, seed=config.seed, shuffle=config.shuffle, weights=config.data_shares
     )
     layout = choose_capacity(
-        [item.dataset for item in data],
+        datasets,
         order.sampled_steps(),
         max_microbatch_tokens=microbatch_tokens * batch_size_multiple(mesh),
         row_multiple=batch_size_multiple(mesh),
-        row_length=config.row_length,
+        row_lengths=config.lengths_of_rows,
+        costs=layout_costs(model),
     )
+    state = _state_bytes(config, params, datasets[0], layout, order)
+    if config.remat is None:
+        model = choose_remat(model, layout, state, devices[0], parts=batch_size_multiple(mesh))
+    else:
+        model = dataclasses.replace(model, remat=config.remat)
     epochs = config.epochs or (1 if config.max_steps is None else None)
     total = config.max_steps or order.num_steps_per_epoch * (epochs or 1)
     save_every = config.save_every or math.ceil(total / SAVES)
     config = dataclasses.replace(
         config,
         dtype=dtype,
+        attention=model.attention,
+        remat=model.remat,
         epochs=epochs,
-        row_length=layout.capacity.length,
+        row_lengths=",".join(map(str, layout.row_lengths)),
         microbatch_tokens=microbatch_tokens,
         save_every=save_every,
     )
-    print_forecast(config, loss, model, params, [item.dataset for item in data], layout, order, total)
+    print_forecast(config, loss, model, params, state, datasets, layout, order, total)
     meta = {
         "config": dataclasses.asdict(config),
         "head": recipe.head,
@@ -164,14 +173,14 @@ def mesh_of(devices: Sequence[jax.Device], architecture: TransformerConfig) -> j
     return make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
 
 
-def default_dtype(devices: Sequence[jax.Device]) -> DType:
-    """What is computed in where `dtype` is not given."""
-    return "float32" if devices[0].platform == "cpu" else "bfloat16"
-
-
-def default_microbatch_tokens(devices: Sequence[jax.Device]) -> int:
-    """Most tokens of one forward pass per device where `microbatch_tokens` is not given."""
-    return MICROBATCH_TOKENS.get(devices[0].platform, MICROBATCH_TOKENS_ELSEWHERE)
+def _state_bytes(config: RunConfig, params: dict, dataset: TokenizedDataset, layout: Layout, order: StepPlan) -> int:
+    """`state_bytes` of a run."""
+    steps = order.sampled_steps()
+    several = any(len(layout.divide(dataset.tokens[step], dataset.slots[step])) > 1 for step in steps)
+    copies = isinstance(config, DPOConfig) and (
+        config.ref_model_sync_steps is not None or not config.precompute_ref_log_probs
+    )
+    return state_bytes(params, make_optimizer(config), accumulates=several, copies=int(copies))
 
 
 def load_policy(config: RunConfig, source: Path, **placement: Any) -> tuple[Decoder, dict]:

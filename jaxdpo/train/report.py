@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxdpo.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jaxdpo.train.forecast import duration
+from jaxdpo.train.loop import Timing
 from jaxdpo.train.run import RunResult
 from jaxdpo.train.run_dir import RunDir
 
@@ -23,6 +24,8 @@ def print_report(result: RunResult, config: RunConfig) -> None:
     """Prints held-out metrics before and after (where there is held-out data), files and a next command."""
     run = RunDir(Path(config.output_dir))
     print(f"\ndone       step {result.steps}, {duration(result.seconds)}")
+    if result.timing is not None:
+        print(f"time       {_steps(result.timing)}")
     if result.before is not None and result.after is not None:
         print(f"held out   {result.after.examples} examples, before -> after")
         for label, name in SHOWN[type(config)].items():
@@ -34,6 +37,15 @@ def print_report(result: RunResult, config: RunConfig) -> None:
     print(f"files      {run.root}: metrics.jsonl, curves.png, config.yaml, checkpoints/")
     print(f"export     {run.export}: load it with transformers{'' if isinstance(config, RewardConfig) else ' or vLLM'}")
     print(f"try next   {shlex.join([_command(), *NEXT[type(config)](config, run)])}")
+
+
+def _steps(timing: Timing) -> str:
+    """Where the time of the steps went, for people."""
+    first = f"first step {duration(timing.first)} (compiles)"
+    if not timing.steps:
+        return first
+    waiting = timing.waited / timing.seconds
+    return f"{first}, then {timing.seconds / timing.steps:.3g} s a step, {waiting:.1%} of it waiting for data"
 
 
 def _with_another_beta(config: Any, run: RunDir) -> list[str]:

@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxdpo import plots
 from jaxdpo.config import DPOConfig, RunConfig
-from jaxdpo.data.pipeline import first_epoch, prefetched
+from jaxdpo.data.pipeline import prefetched
+from jaxdpo.data.plan import StepPlan
 from jaxdpo.disk import writing
-from jaxdpo.reference import DatasetLogps, dataset_logps, make_logp_program
+from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, make_logp_program
+from jaxdpo.reference_cache import reference_facts, stored_logps, tokens_digest
 from jaxdpo.train.checkpoint import Checkpoints, abstract, load_params, read_meta
 from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
 from jaxdpo.train.export import keep_model_files
 from jaxdpo.train.loggers import check_loggers, open_loggers
-from jaxdpo.train.loop import MovingReference, Objective, train
+from jaxdpo.train.loop import MovingReference, Objective, Timing, train
+from jaxdpo.train.memory import memory_advice
 from jaxdpo.train.optimizer import make_optimizer
-from jaxdpo.train.prepare import Prepared, Recipe, prepare
+from jaxdpo.train.prepare import Data, Prepared, Recipe, prepare
 from jaxdpo.train.run_dir import RunDir, claim, write_config
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.train.step import make_programs
@@ -42,6 +47,8 @@ class RunResult(NamedTuple):
     """Held-out pairs under the trained policy."""
     seconds: float
     """Of this call, from its first line to the export."""
+    timing: Timing | None
+    """Of its steps; None if there were none left to do."""
 
 
 def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -56,7 +63,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
       FloatingPointError: for a loss or gradient that is not finite.
       RunInterrupted: after Ctrl-C or SIGTERM in training.
       RunStopped: if policy and reference are not computed alike: the first loss is not that of equal ones; or if a
-        disk is full or read-only.
+        disk is full or read-only, or a device out of memory.
     """
     began = time.perf_counter()
     check_loggers(config.loggers)
@@ -68,6 +75,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
     run.create()
     with (
         jax.set_mesh(mesh),
+        memory_advice(config),
         contextlib.closing(Checkpoints(run.checkpoints, ready.meta, keep_best=recipe.keep_best)) as checkpoints,
     ):
         start = _starting_step(checkpoints, schedule.total)
@@ -75,13 +83,15 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
         params = ready.params if start else recipe.start(ready)  # a resumed run has its own below
+        reference = _reference(config, ready, start)
         state = init_state(params, optimizer, mesh, loss=loss, moving_reference=_moving(config))
         del params
         before = held_out = None
         if len(data) > 1:
-            before, held_out = held_out_evaluation(task, scalars, data[1].dataset, layout, state)
-        reference = _reference(config, ready, schedule.total if start < schedule.total else 0)
-        objective = Objective(loss, scalars, reference, str(config.dtype), data[0].dataset.groups)
+            before, held_out = held_out_evaluation(
+                task, scalars, data[1].dataset, layout, state, reference=reference.held_out
+            )
+        objective = Objective(loss, scalars, reference.training, str(config.dtype), data[0].dataset.groups)
         if start:
             state = _resumed(state, checkpoints)
         name, options = config.run_name or run.root.absolute().name, dataclasses.asdict(config)
@@ -90,7 +100,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         ) as writer:
             if before is not None and start == 0:
                 writer.write({"step": 0, **before.metrics})
-            state, after = train(
+            state, after, timing = train(
                 state,
                 make_programs(task, optimizer, jax.tree.map(lambda x: x.sharding, state)),
                 prefetched(data[0].dataset, order, layout, start, schedule.total),
@@ -109,7 +119,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         title = f"{config.model}, {config.objective} on {Path(config.data).name}"
         with writing(run.curves):
             plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
-    return RunResult(schedule.total, before, after, time.perf_counter() - began)
+    return RunResult(schedule.total, before, after, time.perf_counter() - began, timing)
 
 
 def _moving(config: RunConfig) -> bool:
@@ -117,19 +127,63 @@ def _moving(config: RunConfig) -> bool:
     return isinstance(config, DPOConfig) and config.ref_model_sync_steps is not None
 
 
-def _reference(config: RunConfig, ready: Prepared, steps: int) -> DatasetLogps | MovingReference | None:
-    """The reference of a run of so many steps: its stored log-probs, unless it moves or there is none."""
+class Reference(NamedTuple):
+    """What a policy is held against."""
+
+    training: TokenLogps | FrozenReference | MovingReference | None = None
+    """In training; None without a reference."""
+    held_out: np.ndarray | None = None
+    """`[examples, candidates]` log-probs of the held-out groups, nats; None where they are not stored."""
+
+
+def _reference(config: RunConfig, ready: Prepared, start: int) -> Reference:
+    """The reference of a run that goes on from a step: its stored log-probs, unless it is evaluated at every step."""
     if not ready.loss.needs_reference:
-        return None
+        return Reference()
     assert isinstance(config, DPOConfig)
-    program = make_logp_program(ready.model, tail_weight=config.ld_alpha)
+    program = make_logp_program(ready.model)
     if config.ref_model_sync_steps is not None:
         mixup = REF_MODEL_MIXUP_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
-        return MovingReference(program, config.ref_model_sync_steps, mixup)
-    dataset = ready.data[0].dataset
-    seen = first_epoch(dataset, ready.order, ready.layout, steps)
-    total = min(len(dataset), steps * config.batch_size)
-    return dataset_logps(program, ready.params, seen, ready.mesh, label="reference", total=total)
+        return Reference(MovingReference(program, config.ref_model_sync_steps, mixup))
+    if not config.precompute_ref_log_probs:
+        return Reference(FrozenReference(program, jax.tree.map(jnp.copy, ready.params)))
+    training = held_out = None
+    if start < ready.schedule.total:
+        seen = groups_of_steps(ready.order, start, ready.schedule.total)
+        training = _stored(ready, program, ready.data[0], seen)
+    for data in ready.data[1:]:
+        logps = _stored(ready, program, data, np.arange(len(data.dataset)), of="held out: ")
+        held_out = logps.sums(data.dataset.completion_lengths(), tail_weight=config.ld_alpha)
+    return Reference(training, held_out)
+
+
+def _stored(ready: Prepared, program: LogpProgram, data: Data, examples: np.ndarray, *, of: str = "") -> TokenLogps:
+    """The reference's log-probs of some groups, from the cache as far as it has them; says how far."""
+    facts = reference_facts(
+        ready.model,
+        ready.meta["initial_params"],
+        tokens_digest(data.loaded, data.dataset),
+        ready.mesh.devices.flat[0].platform,
+    )
+    stored = stored_logps(
+        program, ready.params, data.dataset, examples, ready.layout, ready.mesh, facts=facts, label="reference"
+    )
+    there = len(examples) - stored.computed
+    print(f"reference  {of}computed for {stored.computed:,} groups, {there:,} from the cache {stored.directory}")
+    return stored.logps
+
+
+def groups_of_steps(order: StepPlan, start: int, stop: int) -> np.ndarray:
+    """int64 `[...]`: the groups that steps `start` to `stop - 1` hold, each once."""
+    size, epoch = sum(order.sizes), order.num_steps_per_epoch
+    if -(-start // epoch) * epoch + epoch <= stop and min(order.weights or (1,)) >= 1:
+        return np.arange(size)  # a whole epoch, which shows every group
+    seen = np.zeros(size, bool)
+    for step in range(start, stop):
+        seen[order.groups_of_step(step)] = True
+        if (step + 1) % epoch == 0 and seen.all():
+            break
+    return np.flatnonzero(seen)
 
 
 def _starting_step(checkpoints: Checkpoints, total: int) -> int:

@@ -24,11 +24,22 @@ from jaxdpo.train.writer import read_metrics
 from jaxdpo.types import InputError
 
 MAY_DIFFER = frozenset(
-    {"output_dir", "resume", "epochs", "max_steps", "save_every", "eval_every", "report_to", "run_name"}
+    {
+        "output_dir",
+        "resume",
+        "epochs",
+        "max_steps",
+        "save_every",
+        "eval_every",
+        "report_to",
+        "run_name",
+        "remat",
+        "precompute_ref_log_probs",
+    }
 )
 """Options that a resumed run may change: they do not change any step that both runs take."""
 
-CHOSEN = ("dtype", "row_length", "microbatch_tokens")
+CHOSEN = ("dtype", "attention", "remat", "row_lengths", "microbatch_tokens")
 """Options that a run chooses where they are left open; continued, it keeps its choice."""
 
 _YAML = "allowed: options by name, one a line, with spaces and no tabs, e.g. `beta: 0.1`"

@@ -1,5 +1,6 @@
 """`jaxdpo score`: the rewards of completions under a reward model, as JSON lines."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from jaxdpo.hf import load_config, load_reward_model, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.rewards import dataset_rewards, make_reward_program
 from jaxdpo.sharding import batch_size_multiple
-from jaxdpo.train.prepare import check_fits, default_dtype, default_microbatch_tokens, mesh_of
+from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype
+from jaxdpo.train.forecast import layout_costs
+from jaxdpo.train.prepare import check_fits, mesh_of
 from jaxdpo.types import InputError, Origin
 
 
@@ -51,6 +54,7 @@ def score(config: ScoreConfig) -> None:
     mesh = mesh_of(devices, load_config(source, head="score"))
     with jax.set_mesh(mesh):
         decoder, params = load_reward_model(source, compute_dtype=config.dtype or default_dtype(devices), mesh=mesh)
+        decoder = dataclasses.replace(decoder, attention=default_attention(devices, decoder.config))
         with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=None) as bar:
             loaded = load_dataset(
                 config.data, tokenizer, config.max_length, format=config.format, use="score", progress=bar.update
@@ -59,12 +63,13 @@ def score(config: ScoreConfig) -> None:
         print(f"data       {loaded.summary()}")
         print(f"tokens     {dataset.summary()}")
         check_fits(dataset, decoder.config)
-        tokens = config.microbatch_tokens or default_microbatch_tokens(devices)
+        tokens = choose_microbatch_tokens(config.microbatch_tokens, [dataset], devices)
         layout = choose_capacity(
             [dataset],
             [np.arange(len(dataset))[:: -(-len(dataset) // 4096)]],
             max_microbatch_tokens=tokens * batch_size_multiple(mesh),
             row_multiple=batch_size_multiple(mesh),
+            costs=layout_costs(decoder),
         )
         found = dataset_rewards(
             make_reward_program(decoder),

@@ -19,15 +19,18 @@ import optax
 from jaxdpo.losses import RunningMean
 from jaxdpo.train.objective import (
     Counts,
+    GroupData,
     Metrics,
     Outputs,
     Scalars,
     Task,
     group_data,
     group_losses,
+    joined_groups,
     joined_totals,
     mean_totals,
     shared_state,
+    split_groups,
     totals,
 )
 from jaxdpo.train.state import TrainState
@@ -49,11 +52,11 @@ class Microbatch(NamedTuple):
 class Coupled(NamedTuple):
     """What several microbatches need besides where their groups depend on each other."""
 
-    forward: Callable[..., Outputs]
-    """`(params, batch, scalars) -> outputs`."""
-    couple: Callable[..., tuple[list[jax.Array], RunningMean | None, Metrics, list[jax.Array]]]
-    """`(list of outputs, microbatches, counts, running mean, scalars) -> (gradient of the loss by each one's values,
-    running mean, totals of metrics, group losses of each)`."""
+    forward: Callable[..., tuple[Outputs, GroupData]]
+    """`(params, microbatch, scalars) -> (outputs, data)`."""
+    couple: Callable[..., tuple[jax.Array, RunningMean | None, Metrics, jax.Array]]
+    """`(outputs, data, counts, running mean, scalars) -> (gradient of the loss by the values, running mean, totals of
+    metrics, group losses)`, all of the step's groups: `[groups, candidates]` and `[groups]`."""
     pull: Callable[..., dict]
     """`(params, grads, batch, gradient by its values, scalars) -> grads`; donates the gradients."""
 
@@ -84,17 +87,16 @@ def make_programs(task: Task, optimizer: optax.GradientTransformation, shardings
       The programs, jitted; call them under `jax.set_mesh`.
     """
 
-    def value(outputs: Outputs, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
-        data = group_data(*microbatch, scalars)
+    def value(outputs: Outputs, data: GroupData, counts: Counts, running: Any, scalars: Scalars) -> tuple:
         shared, running = shared_state(task.loss, outputs, data, counts, running, scalars)
-        losses = group_losses(task.loss, outputs, data, scalars, shared)  # [rows, groups]
+        losses = group_losses(task.loss, outputs, data, scalars, shared)  # [..., groups]
         metrics = {"loss": losses, **task.metrics(jax.lax.stop_gradient(outputs), data, counts, scalars)}
         metrics = totals(metrics, data.where)
         return metrics["loss"] / counts.groups, (metrics, losses, running)
 
     def objective(params: dict, microbatch: Microbatch, counts: Counts, running: Any, scalars: Scalars) -> tuple:
         outputs = task.measure(params, microbatch.batch, scalars)
-        return value(outputs, microbatch, counts, running, scalars)
+        return value(outputs, group_data(*microbatch, scalars), counts, running, scalars)
 
     def update(state: TrainState, grads: dict, metrics: Metrics, counts: Counts) -> tuple[TrainState, Metrics]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -127,21 +129,15 @@ def make_programs(task: Task, optimizer: optax.GradientTransformation, shardings
 
 
 def _couple(value: Callable[..., tuple], measure: Callable[..., Outputs], shardings: TrainState) -> Coupled:
-    """Programs that differentiate `value` by the values of all microbatches, and those by the parameters."""
+    """Programs that differentiate `value` by the values of the whole step, and those by the parameters."""
 
     @jax.jit
-    def couple(
-        outputs: list[Outputs], microbatches: list[Microbatch], counts: Counts, running: Any, scalars: Scalars
-    ) -> tuple:
-        whole: Microbatch = _joined(microbatches)
+    def couple(outputs: Outputs, data: GroupData, counts: Counts, running: Any, scalars: Scalars) -> tuple:
+        def of_values(values: jax.Array) -> tuple:
+            return value(outputs._replace(values=values), data, counts, running, scalars)
 
-        def of_values(values: list[jax.Array]) -> tuple:
-            statistics = _joined([part.statistics for part in outputs])
-            return value(Outputs(jnp.concatenate(values), statistics), whole, counts, running, scalars)
-
-        gradient = jax.grad(of_values, has_aux=True)
-        cotangents, (metrics, losses, after) = gradient([part.values for part in outputs])
-        return cotangents, after, metrics, jnp.split(losses, len(microbatches))
+        cotangent, (metrics, losses, after) = jax.grad(of_values, has_aux=True)(outputs.values)
+        return cotangent, after, metrics, losses
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=shardings.params)
     def pull(params: dict, grads: dict, batch: Batch, cotangent: jax.Array, scalars: Scalars) -> dict:
@@ -151,8 +147,8 @@ def _couple(value: Callable[..., tuple], measure: Callable[..., Outputs], shardi
         return jax.tree.map(jnp.add, grads, jax.grad(inner)(params))
 
     @jax.jit
-    def forward(params: dict, batch: Batch, scalars: Scalars) -> Outputs:
-        return measure(params, batch, scalars)
+    def forward(params: dict, microbatch: Microbatch, scalars: Scalars) -> tuple[Outputs, GroupData]:
+        return measure(params, microbatch.batch, scalars), group_data(*microbatch, scalars)
 
     return Coupled(forward, couple, pull)
 
@@ -175,9 +171,9 @@ def run_step(
         state, metrics, losses = programs.step(state, microbatches[0], counts, scalars)
         return state, as_floats(metrics), jax.device_get([losses])
     grads = programs.init(state.params)
-    per_group: list[jax.Array] = []
     if programs.coupled is None:
         parts: list[Metrics] = []
+        per_group: list[Array] = []
         for microbatch in microbatches:
             grads, part, losses = programs.accumulate(state.params, grads, microbatch, counts, scalars)
             parts.append(part)
@@ -185,9 +181,14 @@ def run_step(
         sums = joined_totals(jax.device_get(parts))
     else:
         forward, couple, pull = programs.coupled
-        outputs = [forward(state.params, microbatch.batch, scalars) for microbatch in microbatches]
-        cotangents, running, sums, per_group = couple(outputs, list(microbatches), counts, state.running, scalars)
-        for microbatch, cotangent in zip(microbatches, cotangents, strict=True):
+        measured = jax.device_get([forward(state.params, microbatch, scalars) for microbatch in microbatches])
+        masks = [data.where.any(axis=-1) for _, data in measured]
+        # Of the groups alone: their number is the same in every step, that of rows and microbatches is not.
+        outputs, data = joined_groups(measured, masks)
+        cotangent, running, sums, losses = couple(outputs, data, counts, state.running, scalars)
+        cotangents, per_group = (split_groups(np.asarray(of_groups), masks) for of_groups in (cotangent, losses))
+        for microbatch, of_rows in zip(microbatches, cotangents, strict=True):
+            cotangent = jax.device_put(of_rows, microbatch.batch.candidate_mask.sharding)
             grads = pull(state.params, grads, microbatch.batch, cotangent, scalars)
         state = state._replace(running=running)
     state, metrics = programs.apply(state, grads, sums, counts)
@@ -207,7 +208,3 @@ def as_floats(metrics: Mapping[str, Array]) -> dict[str, float]:
 def shortest(value: Array) -> float:
     """A scalar as the shortest decimal that stands for it in its own precision: 5e-06, not 4.999999873689376e-06."""
     return float(str(np.asarray(value)[()]))
-
-
-def _joined(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)

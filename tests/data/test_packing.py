@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxdpo.data.batch import build_batch
 from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.data.packing import Capacity, Layout, build_batch, pack
+from jaxdpo.data.packing import MICROBATCH_WORK, Capacity, Costs, Layout, Shape, best_fit, pack
 from jaxdpo.types import UNRANKED, InputError, check_batch
 from tests.data.trees import DATASETS, dataset, expected_paths, group, read_paths
 
@@ -13,8 +14,8 @@ def pack_dataset(data, capacity):
     return pack(data.tokens, data.slots, capacity)
 
 
-def batch_of(data, rows, layout):
-    return build_batch(data, rows, layout)
+def batch_of(data, rows, shape):
+    return build_batch(data, rows, shape)
 
 
 @settings(deadline=None)
@@ -59,7 +60,7 @@ def test_batch_by_hand():
     (prompt, chosen, rejected), (single, only) = (
         [ids.tolist() for ids in (g.prompt, *g.completions)] for g in data.groups
     )
-    batch = batch_of(data, [[0, 1]], Layout(Capacity(length=10, slots=8, groups=3, candidates=2), rows=2))
+    batch = batch_of(data, [[0, 1]], Shape(Capacity(length=10, slots=8, groups=3, candidates=2), rows=2))
     check_batch(batch)
     assert batch.tokens.tolist() == [[*prompt, *chosen, *rejected, *single, *only, 0], [0] * 10]
     assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 4, 0, 1, 2, 0], [0] * 10]
@@ -84,9 +85,7 @@ def test_ranks_stand_in_the_batch_with_ties_and_a_rest_below_the_top():
         group(1, 2, 1),
         group(1, 1, 1, 1, 1, ranks=(0, 1, UNRANKED, UNRANKED)),
     ]
-    batch = batch_of(
-        TokenizedDataset.of(groups), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=4), rows=2)
-    )
+    batch = batch_of(TokenizedDataset.of(groups), [[0, 1], [2]], Shape(Capacity(12, 9, groups=2, candidates=4), rows=2))
     check_batch(batch)
     assert batch.rank.tolist() == [
         [[0, 0, 1, UNRANKED], [0, 1, UNRANKED, UNRANKED]],
@@ -98,9 +97,7 @@ def test_ranks_stand_in_the_batch_with_ties_and_a_rest_below_the_top():
 
 def test_labels_stand_in_the_batch_and_partners_have_neither_label_nor_rank():
     groups = [group(2, 1, 2, label=True), group(1, 2, label=True), group(1, 1, 3, label=False)]
-    batch = batch_of(
-        TokenizedDataset.of(groups), [[0, 1], [2]], Layout(Capacity(12, 9, groups=2, candidates=2), rows=3)
-    )
+    batch = batch_of(TokenizedDataset.of(groups), [[0, 1], [2]], Shape(Capacity(12, 9, groups=2, candidates=2), rows=3))
     check_batch(batch)
     assert batch.label.tolist() == [[[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
     assert batch.label.dtype == np.float32
@@ -114,7 +111,7 @@ def test_labels_stand_in_the_batch_and_partners_have_neither_label_nor_rank():
 def test_paths_read_back_from_a_batch_are_prompt_and_completion(data, spare, empty_rows):
     capacity = Capacity(int(data.tokens.max()) + spare, int(data.slots.max()) + spare, groups=7, candidates=5)
     rows = pack_dataset(data, capacity)
-    batch = batch_of(data, rows, Layout(capacity, len(rows) + empty_rows))
+    batch = batch_of(data, rows, Shape(capacity, len(rows) + empty_rows))
     check_batch(batch)
     assert read_paths(batch) == expected_paths(data, list(range(len(data))))
     scored = batch.slot_owner < capacity.groups * capacity.candidates
@@ -125,17 +122,17 @@ def test_paths_read_back_from_a_batch_are_prompt_and_completion(data, spare, emp
 
 def test_margins_stand_in_every_batch_of_a_dataset_that_states_one():
     data = TokenizedDataset.of([group(1, 1, 1), group(1, 2, 1, row=2, margin=1.5), group(1, 1, 1, row=3, margin=-2)])
-    layout = Layout(Capacity(8, 6, groups=2, candidates=2), rows=2)
-    batch, without = batch_of(data, [[2, 0], [1]], layout), batch_of(data, [[0]], layout)
+    shape = Shape(Capacity(8, 6, groups=2, candidates=2), rows=2)
+    batch, without = batch_of(data, [[2, 0], [1]], shape), batch_of(data, [[0]], shape)
     for made in (batch, without):
         check_batch(made)
     assert batch.margin.dtype == np.float32
     assert batch.margin.tolist() == [[-2, 0], [1.5, 0]] and not without.margin.any()
-    assert batch_of(TokenizedDataset.of(data.groups[:1]), [[0]], layout).margin is None
+    assert batch_of(TokenizedDataset.of(data.groups[:1]), [[0]], shape).margin is None
 
 
 def test_batch_of_nothing_is_empty():
-    batch = batch_of(TokenizedDataset.of([]), [], Layout(Capacity(4, 3, 2, 2), rows=2))
+    batch = batch_of(TokenizedDataset.of([]), [], Shape(Capacity(4, 3, 2, 2), rows=2))
     check_batch(batch)
     assert not batch.group_mask.any()
 
@@ -151,16 +148,73 @@ def test_batch_of_nothing_is_empty():
     ],
     ids=["rows", "length", "slots", "groups", "candidates"],
 )
-def test_rows_that_do_not_fit_the_layout_are_refused(rows, capacity):
+def test_rows_that_do_not_fit_the_shape_are_refused(rows, capacity):
     groups = [group(2, 1, 2), group(2, 1, 2)]
-    layout = Layout(capacity, rows=2)
-    with pytest.raises(ValueError, match=r"the rows need Layout.*; allowed: Layout"):
-        build_batch(TokenizedDataset.of(groups), rows, layout)
+    shape = Shape(capacity, rows=2)
+    with pytest.raises(ValueError, match=r"the rows need Shape.*; allowed: Shape"):
+        build_batch(TokenizedDataset.of(groups), rows, shape)
 
 
 def test_layout_sums_itself_up():
-    layout = Layout(Capacity(length=512, slots=256, groups=8, candidates=2), rows=4)
-    assert layout.tokens == 4 * 512
-    assert layout.summary() == (
+    shapes = [
+        Shape(Capacity(length, length // 2, length // 64, 2), rows) for rows, length in ((4, 512), (2, 256), (1, 64))
+    ]
+    assert shapes[0].tokens == 4 * 512
+    assert Layout((shapes[0],)).summary() == (
         "microbatches of 4 rows x 512 tokens; a row takes up to 256 scored tokens and 8 groups of up to 2 completions"
     )
+    assert Layout(tuple(shapes)).summary() == (
+        "microbatches of 4 rows x 512, 2 rows x 256 or 1 rows x 64 tokens; a row takes up to 256, 128 or 32 scored "
+        "tokens and 8, 4 or 1 groups of up to 2 completions"
+    )
+
+
+def test_groups_go_into_the_fullest_of_given_rows_that_takes_them():
+    needs = np.array([[60, 50, 50, 40, 5], [9] * 5])
+    rows = np.array([[100, 100, 50], [20, 20, 9]])
+    assert best_fit(needs, rows, np.array([8, 8, 8])) == [[0, 3], [2, 4], [1]]
+    wider = np.array([[100, 100, 60], [20, 30, 9]])
+    assert best_fit(needs, wider, np.array([1, 8, 8])) == [[1], [2, 3, 4], [0]]
+    assert best_fit(needs, rows, np.array([1, 2, 1])) is None
+
+
+def layout(*shapes, **costs):
+    return Layout(tuple(Shape(Capacity(length, length, 8, 5), rows) for rows, length in shapes), Costs(**costs))
+
+
+def test_work_counts_tokens_slots_keys_and_the_microbatch():
+    of_two = layout((2, 100), slot=0.5, key=0.01)
+    assert of_two.work(of_two.shapes[0]) == 2 * (100 * (1 + 100 * 0.01) + 0.5 * 100) + MICROBATCH_WORK
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shapes"),
+    [
+        ([900] * 4, [1000] * 4),
+        ([900] * 4 + [300], [1000] * 4 + [400]),
+        ([900] * 4 + [300, 90, 90], [1000] * 4 + [400]),
+        ([300, 90], [400]),
+        ([500], [1000]),
+        ([], []),
+    ],
+    ids=["all long", "a short rest", "small ones fill gaps", "short alone", "one that only long rows hold", "nothing"],
+)
+def test_what_is_left_of_a_step_goes_where_it_takes_least(tokens, shapes):
+    divided = layout((1, 1000), (1, 400)).divide(tokens, [1] * len(tokens))
+    assert [shape.capacity.length for shape, _ in divided] == shapes
+    assert sorted(group for _, rows in divided for row in rows for group in row) == list(range(len(tokens)))
+
+
+@settings(deadline=None)
+@given(DATASETS, st.lists(st.tuples(st.integers(1, 3), st.integers(8, 400)), max_size=2), st.integers(1, 3))
+def test_a_layout_holds_every_group_once(data, others, rows):
+    longest = int(data.tokens.max()) + 16
+    shapes = sorted({(rows, longest), *((n, length) for n, length in others if length < longest)}, key=lambda x: -x[1])
+    several = layout(*shapes)
+    divided = several.divide(data.tokens, data.slots)
+    assert several.divide(data.tokens, data.slots) == divided
+    groups = [group for _, packed in divided for row in packed for group in row]
+    assert sorted(groups) == list(range(len(data)))
+    for shape, packed in divided:
+        assert 0 < len(packed) <= shape.rows
+        build_batch(data, packed, shape)

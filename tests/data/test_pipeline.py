@@ -16,8 +16,13 @@ from jaxdpo.types import InputError, Origin, check_batch
 from tests.data.trees import DATASETS, dataset, expected_paths, group, read_paths
 
 
-def layout_of(data, rows=256):
-    return choose_capacity([data], [np.arange(len(data))], max_microbatch_tokens=rows)
+def layout_of(data, *lengths):
+    """Of one length, unless several are given besides that of the longest rows."""
+    given = [256 + max(lengths, default=0), *lengths] if lengths else None
+    return choose_capacity([data], [np.arange(len(data))], max_microbatch_tokens=512, row_lengths=given)
+
+
+LENGTHS = pytest.mark.parametrize("lengths", [(), (64,), (128, 64)], ids=str)
 
 
 def assert_same(batches, others):
@@ -27,27 +32,30 @@ def assert_same(batches, others):
             np.testing.assert_array_equal(getattr(batch, name), getattr(other, name))
 
 
-@settings(deadline=None, max_examples=40)
+@LENGTHS
+@settings(deadline=None, max_examples=20)
 @given(DATASETS, st.data())
-def test_microbatches_hold_exactly_the_groups_of_a_step(data, draw):
+def test_microbatches_hold_exactly_the_groups_of_a_step(lengths, data, draw):
     indices = draw.draw(st.lists(st.sampled_from(range(len(data))), unique=True, min_size=1))
-    layout = layout_of(data)
+    layout = layout_of(data, *lengths)
     batches = microbatches(data, indices, layout)
     paths = {}
     for batch in batches:
         check_batch(batch)
-        assert batch.tokens.shape == (layout.rows, layout.capacity.length)
+        assert batch.tokens.shape in [(shape.rows, shape.capacity.length) for shape in layout.shapes]
         assert batch.group_mask.any()
         paths |= read_paths(batch)
     assert paths == expected_paths(data, indices)
-    used = [int(batch.group_mask.any(axis=1).sum()) for batch in batches]
-    assert used[:-1] == [layout.rows] * (len(used) - 1)  # only the last one has empty rows
+    for shape in layout.shapes:
+        used = [int(b.group_mask.any(axis=1).sum()) for b in batches if b.tokens.shape[1] == shape.capacity.length]
+        assert used[:-1] == [shape.rows] * (len(used) - 1)  # only the last one of a shape has empty rows
 
 
-@settings(deadline=None, max_examples=40)
+@LENGTHS
+@settings(deadline=None, max_examples=20)
 @given(DATASETS, st.integers(1, 12))
-def test_all_batches_cover_each_group_once(data, together):
-    layout = layout_of(data)
+def test_all_batches_cover_each_group_once(lengths, data, together):
+    layout = layout_of(data, *lengths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "PACKED_TOGETHER", together)
         batches = list(all_batches(data, layout))
@@ -55,8 +63,7 @@ def test_all_batches_cover_each_group_once(data, together):
     assert sorted(ids.tolist()) == list(range(len(data)))
     for batch in batches:
         check_batch(batch)
-        assert batch.tokens.shape == (layout.rows, layout.capacity.length)
-    assert all(batch.group_mask.any(axis=1).all() for batch in batches[:-1])
+        assert batch.tokens.shape in [(shape.rows, shape.capacity.length) for shape in layout.shapes]
 
 
 @pytest.mark.parametrize(

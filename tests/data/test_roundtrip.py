@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from jaxdpo.data.batch import build_batch
 from jaxdpo.data.chat import Renderer
 from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.encoding import encoding_facts
 from jaxdpo.data.formats import FORMATS, Unusable, preference_of
-from jaxdpo.data.packing import Capacity, Layout, build_batch
+from jaxdpo.data.packing import Capacity, Shape
 from jaxdpo.data.tokenize import tokenize_preference
 from jaxdpo.types import Origin, check_batch
 from tests.data.toy_tokenizers import (
@@ -122,8 +123,8 @@ def texts_in(name, record, tokenizer_name):
 def tree_of(preference, tokenizer):
     """The preference as a batch of one row: ids of the prompt, and of each completion, all of them scored."""
     group = tokenize_preference(preference, tokenizer, 1_000_000)
-    layout = Layout(Capacity(group.tokens, group.slots, 1, len(group.completions)), 1)
-    batch = build_batch(TokenizedDataset.of([group]), [[0]], layout)
+    shape = Shape(Capacity(group.tokens, group.slots, 1, len(group.completions)), 1)
+    batch = build_batch(TokenizedDataset.of([group]), [[0]], shape)
     check_batch(batch)
     parts = [batch.tokens[0, batch.candidate[0] == part].tolist() for part in range(len(group.completions) + 1)]
     for which, completion in enumerate(parts[1:]):

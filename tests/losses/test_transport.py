@@ -22,6 +22,7 @@ def sorted_sides(loss, policy, ref):
     return (policy @ [1, -1], ref @ [1, -1]) if loss is aot_loss else (policy - ref).T
 
 
+@functools.partial(jax.jit, static_argnames=("loss", "axis_name"))
 def loss_and_gradient(loss, policy, ref, **options):
     """Losses, and the gradient of their sum in both log-probabilities."""
     losses, pullback = jax.vjp(functools.partial(loss, **options), policy, ref)

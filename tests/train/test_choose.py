@@ -52,6 +52,18 @@ def config(**options):
             "--ref-model-sync-steps 2 has no effect with --loss sigmoid --reference-free",
         ),
         ({"ref_model_mixup_alpha": 0.5}, "--ref-model-mixup-alpha needs --ref-model-sync-steps; add it or drop"),
+        (
+            {"loss": "simpo", "precompute_ref_log_probs": False},
+            "--no-precompute-ref-log-probs has no effect with --loss simpo; allowed with: sigmoid",
+        ),
+        (
+            {"reference_free": True, "precompute_ref_log_probs": False},
+            "--no-precompute-ref-log-probs has no effect with --loss sigmoid --reference-free",
+        ),
+        (
+            {"ref_model_sync_steps": 2, "precompute_ref_log_probs": False},
+            "--no-precompute-ref-log-probs has no effect with --ref-model-sync-steps: .* drop one of them",
+        ),
         ({"loss": "exo_pair", "label_smoothing": 0.0}, r"label_smoothing=0\.0 is out of range"),
         ({"loss": "nca_pair", "f_divergence_type": "forward_kl"}, "--f-divergence-type forward_kl has no effect with"),
         ({"use_weighting": True, "ld_alpha": 0.5}, "--use-weighting weighs by .* and --ld-alpha counts a part"),

@@ -44,9 +44,10 @@ ROW = [
     "learning_rate",
     "tokens",
     "pairs_per_second",
+    "data_wait",
 ]
 """Keys of a line of metrics.jsonl: others script against them."""
-EVALUATED = [f"eval_{name}" for name in ROW[1:-3] if name != "grad_norm"]
+EVALUATED = [f"eval_{name}" for name in ROW[1:-4] if name != "grad_norm"]
 
 
 def metrics(root):
@@ -55,7 +56,10 @@ def metrics(root):
 
 def timeless(root):
     """The metrics without what no two runs have in common."""
-    return [{key: value for key, value in row.items() if key != "pairs_per_second"} for row in metrics(root)]
+    return [
+        {key: value for key, value in row.items() if key not in ("pairs_per_second", "data_wait")}
+        for row in metrics(root)
+    ]
 
 
 def weights(directory):
@@ -97,8 +101,10 @@ def test_metrics_hold_one_row_for_each_step(full):
 
 def test_metrics_say_what_happened(full, dataset):
     before, *rows = metrics(full.root)
-    assert before["eval_loss"] == rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert before["eval_rewards/accuracies"] == rows[0]["rewards/accuracies"] == 0.5  # all tie
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["eval_rewards/accuracies"] == 0.5  # all tie, exactly
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the reference was packed in other rows
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert rows[-1]["loss"] < 0.5 and rows[-1]["rewards/accuracies"] > 0.9 and rows[-1]["eval_loss"] < 0.6
     plan = StepPlan(dataset.sizes, 5, seed=0)
     for row in rows:
@@ -144,7 +150,7 @@ def test_the_result_is_printed_last(full):
 def test_the_configuration_is_resolved(full, inputs):
     config = read_yaml(full.root / "config.yaml")
     assert set(config) == set(DPOConfig.__dataclass_fields__)
-    chosen = {"dtype": "float32", "row_length": 64, "microbatch_tokens": 2048, "save_every": 1, "epochs": 2}
+    chosen = {"dtype": "float32", "row_lengths": "64", "microbatch_tokens": 2048, "save_every": 1, "epochs": 2}
     stated = {"data": str(inputs.data), "learning_rate": 1e-3, "eval_every": 2, "max_steps": None}
     assert {name: config[name] for name in chosen | stated} == chosen | stated
 
@@ -291,14 +297,22 @@ def small(inputs, tmp_path_factory):
     return root
 
 
+def assert_equal_but_for_rounding(rows, expected):
+    """Of the first step all margins are 0 but for rounding, which then decides who is accurate: it is left out."""
+    assert len(rows) == len(expected)
+    for row, want in zip(rows, expected, strict=True):
+        names = [name for name in want if want["step"] > 1 or not name.startswith("rewards/accuracies")]
+        got = {name: row[name] for name in names}
+        assert got == pytest.approx({name: want[name] for name in names}, rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize(
-    "options", [{"row_length": 192}, {"microbatch_tokens": 64}], ids=lambda options: next(iter(options))
+    "options", [{"row_lengths": "192"}, {"microbatch_tokens": 64}], ids=lambda options: next(iter(options))
 )
 def test_packing_changes_nothing_but_rounding(small, inputs, tmp_path, options):
     run_small(inputs, tmp_path / "run", **options)
     assert {name: read_yaml(tmp_path / "run" / "config.yaml")[name] for name in options} == options
-    for row, want in zip(timeless(tmp_path / "run"), timeless(small), strict=True):
-        assert row == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert_equal_but_for_rounding(timeless(tmp_path / "run"), timeless(small))
     got = load_file(tmp_path / "run" / "export" / "model.safetensors")
     for name, tensor in load_file(small / "export" / "model.safetensors").items():
         np.testing.assert_allclose(got[name], tensor, atol=1e-3)
@@ -307,12 +321,12 @@ def test_packing_changes_nothing_but_rounding(small, inputs, tmp_path, options):
 def test_the_number_of_devices_changes_nothing_but_rounding(small, inputs, tmp_path):
     flags = "--batch-size 8 --max-steps 3 --learning-rate 1e-3 --warmup-steps 0"
     assert cli.main(inputs.command(tmp_path / "run", flags)) == 0
-    for row, want in zip(timeless(tmp_path / "run"), timeless(small), strict=True):
-        assert row == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert_equal_but_for_rounding(timeless(tmp_path / "run"), timeless(small))
 
 
-def test_every_program_of_a_run_is_compiled_once(inputs, tmp_path, caplog):
+def test_every_program_of_a_run_is_compiled_once(inputs, tmp_path, caplog, monkeypatch):
     """Two epochs of steps with several microbatches and a last one with a single one, and with held-out data."""
+    monkeypatch.setenv("JAXDPO_CACHE", str(tmp_path / "cache"))  # one that has no reference yet
     options = {"batch_size": 11, "max_steps": 6, "eval_data": str(inputs.held_out), "eval_every": 1}
     with jax.log_compiles(True):
         run_small(inputs, tmp_path / "run", microbatch_tokens=64, **options)
@@ -327,13 +341,14 @@ def test_every_program_of_a_run_is_compiled_once(inputs, tmp_path, caplog):
 def test_a_reference_that_differs_from_the_policy_stops_the_run(inputs, tmp_path, monkeypatch):
     from jaxdpo.train import run
 
-    honest = run.dataset_logps
+    honest = run.stored_logps
 
     def shifted(*args, **kwargs):
-        logps = honest(*args, **kwargs)
-        return logps._replace(tokens={i: x - 0.1 * (i % 3) for i, x in logps.tokens.items()})
+        stored = honest(*args, **kwargs)
+        ramp = np.linspace(0, 0.1, len(stored.logps.values), dtype=np.float32)
+        return stored._replace(logps=dataclasses.replace(stored.logps, values=stored.logps.values - ramp))
 
-    monkeypatch.setattr(run, "dataset_logps", shifted)
+    monkeypatch.setattr(run, "stored_logps", shifted)
     with pytest.raises(
         RunStopped, match=r"the loss of the first step is \S+; a policy equal to its reference has 0.693"
     ):
@@ -359,7 +374,7 @@ def poisoned(inputs, tmp_path_factory):
 
 def test_a_loss_that_is_not_finite_stops_the_run(poisoned, tmp_path, capsys):
     root = tmp_path / "run"
-    flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 1 --row-length 40"  # a row for each pair
+    flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 1 --row-lengths 40"  # a row for each pair
     assert cli.main(poisoned.command(root, flags)) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     good = root / "checkpoints" / "2"
@@ -376,7 +391,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(poisoned, tmp_path, capsys):
 
 
 def test_it_stops_before_the_first_checkpoint_too(poisoned, tmp_path, capsys):
-    flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 6 --row-length 40"
+    flags = "--batch-size 4 --max-steps 6 --no-shuffle --save-every 6 --row-lengths 40"
     assert cli.main(poisoned.command(tmp_path / "run", flags)) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "[9]" in message and "; no checkpoint was saved yet; fix: look" in message

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import pytest
 
-from jaxdpo.train.forecast import duration, forward_flops, measured_peak
+from jaxdpo.models import make_decoder
+from jaxdpo.models.forms import ATTENTION
+from jaxdpo.train.forecast import SKIPPING, duration, forward_flops, layout_costs, measured_peak
 from tests import tiny
 
 
@@ -19,8 +21,23 @@ def test_flops_of_a_forward_pass(tied):
     attention = 2 * 2 * length**2 * config.num_heads * config.head_dim * config.num_layers
     head = 2 * slots * config.vocab_size * config.embed_dim
     want = rows * (2 * matrices * length + attention + head)
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert forward_flops(config, size, rows=rows, length=length, slots=slots) == pytest.approx(want, rel=0.02)
+    assert forward_flops(config, rows=rows, length=length, slots=slots, keys=length) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_what_a_layout_weighs_follows_from_the_widths_of_the_model(head):
+    """A slot and a key in units of a token's layers; a score head has no slots, a form that skips no keys to count."""
+    config = dataclasses.replace(tiny.LLAMA, head=head)
+    layers = forward_flops(config, rows=1, length=1, slots=0, keys=0)
+    slot = forward_flops(config, rows=1, length=0, slots=1, keys=0) / layers
+    key = forward_flops(config, rows=1, length=1, slots=0, keys=1) / layers - 1
+    assert layout_costs(make_decoder(config, attention="dense")) == pytest.approx((slot, key))
+    assert layout_costs(make_decoder(config, attention="blockwise")) == pytest.approx((slot, 0))
+    assert (slot == 0) == (head == "score") and key > 0
+
+
+def test_forms_that_skip_are_forms():
+    assert set(SKIPPING) < set(ATTENTION)
 
 
 def test_a_rate_is_measured():

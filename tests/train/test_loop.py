@@ -10,11 +10,11 @@ import pytest
 
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.losses import LOSSES, weighted_by_policy
-from jaxdpo.reference import DatasetLogps
+from jaxdpo.reference import located
 from jaxdpo.sharding import make_mesh, replicated
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.evaluation import Evaluation
-from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, check_first_loss, train
+from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, Timing, check_first_loss, train
 from jaxdpo.train.state import init_state
 from jaxdpo.train.step import Microbatch, StepPrograms
 from jaxdpo.train.writer import MetricsWriter, read_metrics
@@ -29,9 +29,8 @@ LN2 = math.log(2)
 
 
 def objective(dtype="float32"):
-    tokens = {i: np.zeros(slots, np.float32) for i, slots in enumerate(DATA.slots)}
-    pairs = np.zeros((len(DATA), 2))
-    return Objective(LOSS, SCALARS, DatasetLogps(tokens, pairs, pairs == 0, {}), dtype)
+    reference = located(np.zeros(DATA.slots.sum(), np.float32), np.arange(len(DATA)), DATA.slots, len(DATA))
+    return Objective(LOSS, SCALARS, reference, dtype)
 
 
 def first_microbatches():
@@ -56,7 +55,7 @@ def programs(losses, norms=None, spoiled=()):
 class Result:
     """What a run of the loop left."""
 
-    def __init__(self, tmp_path, made, *, total=6, save_every=2, eval_every=None, held_out=False, pairs=2):
+    def __init__(self, tmp_path, made, *, total=6, save_every=2, eval_every=None, held_out=False, pairs=2, source=iter):
         mesh = make_mesh(jax.devices()[:1])
         state = init_state({"a": jax.device_put(np.zeros(8, np.float32), replicated(mesh))}, optax.sgd(1.0), mesh)
         self.saved, self.evaluated = [], []
@@ -71,10 +70,10 @@ class Result:
             return Evaluation({"eval_loss": 0.5}, 1, np.zeros(1))
 
         try:
-            self.state, self.evaluation = train(
+            self.state, self.evaluation, self.timing = train(
                 state,
                 made,
-                ((step, microbatches(DATA, groups[step], LAYOUT)) for step in range(total)),
+                source((step, microbatches(DATA, groups[step], LAYOUT)) for step in range(total)),
                 objective(),
                 Schedule(total, save_every, eval_every, lambda step: jnp.float32(1e-6 * (step + 1))),
                 evaluate=evaluate if held_out else None,
@@ -106,6 +105,7 @@ def test_a_row_says_what_the_step_did(tmp_path):
     rows = Result(tmp_path, programs([LN2, 0.5], [3.0, 4.0]), total=2).rows
     for number, (row, loss, norm) in enumerate(zip(rows, (LN2, 0.5), (3.0, 4.0), strict=True)):
         assert row.pop("pairs_per_second") > 0
+        assert 0 < row.pop("data_wait") < 1
         assert row == {
             "step": number + 1,
             "loss": pytest.approx(loss, rel=1e-6),
@@ -114,6 +114,48 @@ def test_a_row_says_what_the_step_did(tmp_path):
             "learning_rate": pytest.approx(1e-6 * (number + 1)),
             "tokens": int(DATA.tokens[2 * number : 2 * number + 2].sum()),
         }
+
+
+class Clock:
+    """A clock that only the data and the step move: a step takes a second, the data of each three."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("jaxdpo.train.loop.time.perf_counter", lambda: self.now)
+
+    def advance(self, seconds):
+        self.now += seconds
+
+    def steps(self, made):
+        for item in made:
+            self.advance(3)
+            yield item
+
+
+def test_the_time_that_is_waited_for_data_is_told_apart(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    made = programs([LN2] * 4)
+
+    def step(*args):
+        clock.advance(1)
+        return made.step(*args)
+
+    result = Result(tmp_path, made._replace(step=step), total=4, source=clock.steps)
+    assert result.timing == Timing(first=4.0, steps=3, seconds=12.0, waited=9.0)
+    assert [(row["data_wait"], row["pairs_per_second"]) for row in result.rows] == [(0.75, 0.5)] * 4
+
+
+def test_steps_that_compile_are_left_out_of_the_time_of_a_step(tmp_path, monkeypatch):
+    """The third step is the first one with rows of another length."""
+    clock = Clock(monkeypatch)
+    longer = tiny.layout(DATA, row_lengths=[128])
+
+    def steps(made):
+        for step, batches in clock.steps(made):
+            yield step, microbatches(DATA, [0, 1], longer) if step >= 2 else batches
+
+    result = Result(tmp_path, programs([LN2] * 5), total=5, source=steps)
+    assert result.timing == Timing(first=3.0, steps=3, seconds=9.0, waited=9.0)
 
 
 def stopped(tmp_path, made, **options):

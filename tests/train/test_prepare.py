@@ -43,8 +43,40 @@ def test_as_many_devices_as_divide_the_width_split_the_parameters(inputs, tmp_pa
     assert tiny.WITH_TOKENIZER.embed_dim % 8 == 0
     ready = prepare(config(inputs, tmp_path / "run"), DPO, jax.devices()[:devices])
     assert dict(ready.mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp, "tensor": 1}
-    assert ready.layout.rows % devices == 0
+    assert all(shape.rows % devices == 0 for shape in ready.layout.shapes)
     assert not (tmp_path / "run").exists()
+
+
+def test_microbatch_tokens_that_hold_no_row_of_the_largest_group_are_refused(inputs, tmp_path):
+    with pytest.raises(
+        InputError,
+        match=r"--microbatch-tokens 40 does not hold a row of 64 tokens, which the largest group needs \(\d+ tokens; "
+        r"\S+pairs\.jsonl, line \d+\); allowed: at least 64; raise it",
+    ):
+        prepare(config(inputs, tmp_path / "run", microbatch_tokens=40), DPO, jax.devices()[:1])
+
+
+def test_microbatch_tokens_that_hold_no_row_of_the_length_asked_for_are_refused(inputs, tmp_path):
+    with pytest.raises(
+        InputError, match="does not hold a row of 256 tokens, which --row-lengths asks for; allowed: at"
+    ):
+        prepare(config(inputs, tmp_path / "run", microbatch_tokens=128, row_lengths="64,256"), DPO, jax.devices()[:1])
+
+
+def test_the_usual_microbatch_grows_with_the_largest_group_and_says_so(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxdpo.train.defaults.MICROBATCH_TOKENS", {"cpu": 32})
+    ready = prepare(config(inputs, tmp_path / "run"), DPO, jax.devices()[:1])
+    assert "microbatch 64 tokens a device, above the usual 32: one row of so many, which the" in capsys.readouterr().out
+    assert (ready.config.microbatch_tokens, ready.config.row_lengths) == (64, "64")
+
+
+@pytest.mark.parametrize("given, resolved", [(None, None), ("96", "96"), ("64, 128", "128,64")])
+def test_a_run_knows_its_row_lengths_and_gets_the_same_layout_from_them(inputs, tmp_path, given, resolved):
+    first = prepare(config(inputs, tmp_path / "run", row_lengths=given), DPO, jax.devices()[:1])
+    if resolved is not None:
+        assert first.config.row_lengths == resolved
+    again = prepare(first.config, DPO, jax.devices()[:1])
+    assert again.layout == first.layout and again.config == first.config
 
 
 def test_a_pipe_is_refused_because_looking_at_it_drains_it(inputs, tmp_path):

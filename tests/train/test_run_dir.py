@@ -21,7 +21,7 @@ def asked(run, **options):
 
 def resolved(run, **options):
     """As a run writes it: nothing is left open."""
-    chosen = {"epochs": 1, "dtype": "float32", "row_length": 64, "microbatch_tokens": 2048, "save_every": 5}
+    chosen = {"epochs": 1, "dtype": "float32", "row_lengths": "64", "microbatch_tokens": 2048, "save_every": 5}
     return asked(run, **{**chosen, **options})
 
 
@@ -90,7 +90,7 @@ OTHERS = {
     "warmup_steps": 7,
     "max_grad_norm": 0.0,
     "dtype": "bfloat16",
-    "row_length": 128,
+    "row_lengths": "128",
     "microbatch_tokens": 7,
     "seed": 7,
 }

@@ -57,7 +57,7 @@ def test_the_first_loss_is_the_mean_over_tokens(inputs, demonstrations, tmp_path
 
 def test_microbatches_do_not_change_the_step(inputs, demonstrations, tmp_path):
     first = {}
-    for name, flags in (("one", ""), ("several", "--microbatch-tokens 40 --row-length 40")):
+    for name, flags in (("one", ""), ("several", "--microbatch-tokens 40 --row-lengths 40")):
         assert cli.main(command(inputs, tmp_path / name, demonstrations, f"--max-steps 1 {flags}")) == 0
         (first[name],) = rows(tmp_path / name)
     for key in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):

@@ -80,6 +80,7 @@ class Taken(NamedTuple):
     losses: dict
     """Example -> loss."""
     microbatches: int
+    row_lengths: set[int]
 
 
 @functools.cache
@@ -128,12 +129,12 @@ def host_microbatches(task, dtype, order, layout):
 
 
 def take_step(
-    task="pairs", dtype="float64", on="one device", *, order=None, rows=slice(None), row_length=64, tokens=256
+    task="pairs", dtype="float64", on="one device", *, order=None, rows=slice(None), row_lengths=(64,), tokens=256
 ) -> Taken:
     """One step over a whole dataset: its groups in `order`, the rows of each microbatch in the order `rows`."""
     data, _ = TASKS[task]
     mesh, programs = setup(task, dtype, on)
-    layout = tiny.layout(data, row_multiple=batch_size_multiple(mesh), row_length=row_length, tokens=tokens)
+    layout = tiny.layout(data, row_multiple=batch_size_multiple(mesh), row_lengths=row_lengths, tokens=tokens)
     made = host_microbatches(task, dtype, range(len(data)) if order is None else order, layout)
     made = [jax.tree.map(lambda x: x[rows], microbatch) for microbatch in made]
     state = fresh_state(dtype, mesh, task)
@@ -148,7 +149,9 @@ def take_step(
     for (batch, _), of_batch in zip(made, losses, strict=True):
         at = np.nonzero(batch.group_mask)
         by_example |= dict(zip(batch.example_id[at].tolist(), of_batch[at].tolist(), strict=True))
-    return Taken(change, grads, metrics, by_example, len(made))
+    return Taken(
+        change, grads, metrics, by_example, len(made), {microbatch.batch.tokens.shape[1] for microbatch in made}
+    )
 
 
 def check(taken: Taken, task: str) -> None:
@@ -170,7 +173,8 @@ SHUFFLED = np.random.default_rng(0).permutation(len(PAIRS))
 VARIANTS = {
     "one microbatch": ({}, 1),
     "several microbatches": ({"tokens": 64}, 4),
-    "longer rows": ({"row_length": 384, "tokens": 384}, 1),
+    "rows of two lengths": ({"row_lengths": (104, 48), "tokens": 104}, 3),
+    "longer rows": ({"row_lengths": (384,), "tokens": 384}, 1),
     "rows reversed": ({"rows": slice(None, None, -1)}, 1),
     "groups in another order": ({"order": SHUFFLED}, 1),
     "eight devices": ({"on": "eight devices"}, 1),
@@ -183,6 +187,7 @@ def test_step_is_the_gradient_of_the_mean_loss(x64, variant):
     options, count = VARIANTS[variant]
     taken = take_step(**options)
     assert taken.microbatches == count
+    assert taken.row_lengths == set(options.get("row_lengths", (64,)))
     check(taken, "pairs")
 
 
@@ -192,12 +197,13 @@ ELSEWHERE = [(task, "eight devices") for task in ("batch statistic", "sorted", "
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "variant"),
-    [(task, variant) for task in TASKS if task != "pairs" for variant in list(VARIANTS)[:2]] + ELSEWHERE,
+    [(task, variant) for task in TASKS if task != "pairs" for variant in list(VARIANTS)[:3]] + ELSEWHERE,
 )
 def test_every_coupling_gives_the_gradient_of_the_whole_step(x64, task, variant):
     options, count = VARIANTS[variant]
     taken = take_step(task, **options)
     assert (taken.microbatches > 1) == (count > 1)
+    assert taken.row_lengths == set(options.get("row_lengths", (64,)))
     check(taken, task)
 
 
@@ -239,7 +245,7 @@ def test_metrics_are_means_over_the_groups(x64):
 @pytest.mark.parametrize("tokens", [256, 64])
 def test_the_state_is_donated(tokens):
     mesh, programs = setup("pairs", "float32", "one device")
-    made = host_microbatches("pairs", "float32", range(len(PAIRS)), tiny.layout(PAIRS, row_length=64, tokens=tokens))
+    made = host_microbatches("pairs", "float32", range(len(PAIRS)), tiny.layout(PAIRS, row_lengths=[64], tokens=tokens))
     state = fresh_state("float32", mesh)
     with jax.set_mesh(mesh):
         counts = step_counts([microbatch.batch for microbatch in made])
@@ -254,7 +260,7 @@ def test_the_state_is_donated(tokens):
 def test_each_program_is_compiled_once(on, caplog):
     """Over steps with one and with several microbatches, of different sizes, and over a sweep of beta."""
     decoder, mesh = tiny.decoder(DIVISIBLE), MESHES[on]()
-    layout = tiny.layout(PAIRS, row_multiple=batch_size_multiple(mesh), row_length=64, tokens=1)
+    layout = tiny.layout(PAIRS, row_multiple=batch_size_multiple(mesh), row_lengths=[64], tokens=1)
     state = fresh_state("float32", mesh)
     programs = make_programs(
         preference_task(decoder, LOSSES["sigmoid"]), SGD, jax.tree.map(lambda x: x.sharding, state)
@@ -280,7 +286,7 @@ def test_beta_is_traced_and_counts(x64):
     mesh, programs = setup("pairs", "float64", "one device")
     decoder = tiny.decoder(DIVISIBLE, "float64")
     policy, reference = (unpacked(decoder, tiny.params(decoder, seed=seed, dtype="float64"), PAIRS) for seed in (0, 1))
-    made = host_microbatches("pairs", "float64", range(len(PAIRS)), tiny.layout(PAIRS, row_length=64))
+    made = host_microbatches("pairs", "float64", range(len(PAIRS)), tiny.layout(PAIRS, row_lengths=[64]))
     for beta in (0.01, 0.1, 1.0):
         scalars, state = {"beta": beta, "label_smoothing": 0.0}, fresh_state("float64", mesh)
         with jax.set_mesh(mesh):

@@ -1,0 +1,138 @@
+"""Log-probs of a reference, computed once for all runs that have weights and tokens in common.
+
+An entry of the cache is a directory `reference/<key>`, see `jaxdpo.reference_store`. The key is a digest of all that
+the numbers follow from: weights, tokens, the form in which they are computed, and the code that does it. The loss, its
+options, the order of the data and the batch size are not among it. Entries may be deleted at any time.
+"""
+
+import dataclasses
+import hashlib
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdpo.data.cache import digest_of
+from jaxdpo.data.dataset import TokenizedDataset
+from jaxdpo.data.load import Loaded
+from jaxdpo.data.packing import Layout
+from jaxdpo.data.pipeline import PACKED_TOGETHER, microbatches
+from jaxdpo.forward import forward_batches
+from jaxdpo.hub import cache_root
+from jaxdpo.models import Decoder
+from jaxdpo.reference import LogpProgram, TokenLogps, scored_slots
+from jaxdpo.reference_store import LogpStore
+from jaxdpo.types import Batch
+
+COMPUTED_BY = ("logprobs.py", "reference.py", "sharding.py", "data/batch.py", "models/*.py")
+"""The code that the numbers follow from."""
+
+
+class StoredLogps(NamedTuple):
+    """What an entry holds, and what it cost."""
+
+    logps: TokenLogps
+    """Memory-mapped."""
+    computed: int
+    """Groups that were not there yet."""
+    directory: pathlib.Path
+    """The entry."""
+
+
+def reference_cache() -> pathlib.Path:
+    """Where log-probs of references are kept: `$JAXDPO_CACHE/reference`, else `~/.cache/jaxdpo/reference`."""
+    return cache_root() / "reference"
+
+
+def reference_facts(decoder: Decoder, weights: Any, tokens: str, platform: str) -> dict[str, Any]:
+    """All that a reference's log-probs follow from: two runs for which it is the same share an entry.
+
+    Args:
+      decoder: the model.
+      weights: digests of its parameters, JSON-able.
+      tokens: digest of what is scored, `tokens_digest`.
+      platform: of the devices.
+    """
+    package = pathlib.Path(__file__).parent
+    code = [path.read_bytes() for pattern in COMPUTED_BY for path in sorted(package.glob(pattern))]
+    return {
+        "model": dataclasses.asdict(decoder.config),
+        "dtype": decoder.compute_dtype,
+        "attention": decoder.attention,
+        "weights": digest_of(weights),
+        "tokens": tokens,
+        "platform": platform,
+        "jax": jax.__version__,
+        "code": digest_of([hashlib.blake2b(part).hexdigest() for part in code]),
+    }
+
+
+def tokens_digest(loaded: Loaded, dataset: TokenizedDataset) -> str:
+    """Of a dataset as it is trained on: the loaded one, or one that was made of it."""
+    if dataset is loaded.dataset:
+        return loaded.digest
+    arrays = dataset.arrays
+    own = [arrays.start, arrays.size, arrays.first, arrays.completions]
+    if arrays.ids is not loaded.dataset.arrays.ids:
+        own.append(arrays.ids)
+    return digest_of([loaded.digest, [hashlib.blake2b(array.tobytes()).hexdigest() for array in own]])
+
+
+def stored_logps(
+    program: LogpProgram,
+    params: dict,
+    dataset: TokenizedDataset,
+    examples: np.ndarray,
+    layout: Layout,
+    mesh: jax.sharding.Mesh,
+    *,
+    facts: dict[str, Any],
+    label: str,
+) -> StoredLogps:
+    """The log-probs of some examples, computed as far as the cache does not have them.
+
+    Args:
+      program: from `make_logp_program`.
+      params: of the reference.
+      dataset: what is scored.
+      examples: int `[…]` which of its groups, each once.
+      layout: shape of the batches.
+      mesh: where to run.
+      facts: from `reference_facts`.
+      label: what the progress bar says.
+    Returns:
+      Those of the examples, and of whatever others the entry has.
+    Raises:
+      InputError: if the entry is not what was written to it, or is another one's.
+      RunStopped: if it cannot be written.
+    """
+    entry = LogpStore(reference_cache() / digest_of(facts), facts, dataset.slots)
+    logps = entry.read()
+    missing = examples[logps.size[examples] == 0]
+    if not len(missing):
+        return StoredLogps(logps, 0, entry.directory)
+    with entry.locked():
+        logps = entry.read()  # another run may have computed some in the meantime
+        missing = examples[logps.size[examples] == 0]
+        batches = packed(dataset, missing, layout)
+        passes = forward_batches(program, params, batches, mesh, label=label, total=len(missing))
+        entry.extend(_of_groups(batch, tokens) for batch, (tokens, _) in passes)
+        return StoredLogps(entry.read(), len(missing), entry.directory)
+
+
+def packed(dataset: TokenizedDataset, examples: np.ndarray, layout: Layout) -> Iterator[Batch]:
+    """These groups, each once, in few batches of one kind."""
+    parts = math.ceil(len(examples) / PACKED_TOGETHER)
+    order = examples[np.argsort(dataset.tokens[examples], kind="stable")]
+    for part in range(parts):  # strided: every part has its share of long and short groups
+        for batch in microbatches(dataset, order[part::parts], layout):
+            yield batch._replace(label=None, margin=None)  # not read; held-out data without them shares the program
+
+
+def _of_groups(batch: Batch, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of a batch, and their log-probs one after another, as they are stored."""
+    slots = scored_slots(batch)
+    return slots.example.astype("<i4"), tokens[slots.row, slots.slot].astype("<f4")

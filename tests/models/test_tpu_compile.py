@@ -1,0 +1,134 @@
+"""Splash attention and whole DPO steps compile for TPUs, which takes libtpu and no TPU: nothing of it is run."""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import topologies
+
+from jaxdpo.losses import LOSSES
+from jaxdpo.models import TransformerConfig, abstract_params, make_decoder
+from jaxdpo.models.splash import splash_attention, splash_mask
+from jaxdpo.sharding import BATCH_AXES, MESH_AXES, replicated
+from jaxdpo.train.objective import Counts, preference_task
+from jaxdpo.train.state import TrainState
+from jaxdpo.train.step import Microbatch, make_programs
+from jaxdpo.types import Batch
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.tpu_compile,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"),
+]
+
+SMOLLM2_135M = TransformerConfig(
+    model_type="llama",
+    vocab_size=49152,
+    embed_dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+    max_positions=8192,
+    tie_embeddings=True,
+)
+TINY = dataclasses.replace(tiny.LLAMA, vocab_size=64)
+LENGTH = 1024
+
+
+@functools.cache
+def mesh_of(topology: str, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    grid = np.asarray(devices).reshape(-1, fsdp, tensor)
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def on_rows(mesh, shape, dtype="int32"):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(BATCH_AXES)))
+
+
+def check_splash(program: str) -> None:
+    """The kernel is there, forward and backward, and no device holds a score or a mask for each pair of tokens."""
+    assert program.count('custom_call_target="tpu_custom_call"') >= 3
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in program, kernel
+    pairs = re.findall(rf"\w+\[[\d,]*\b{LENGTH},(?:{LENGTH}|{2 * LENGTH})\]", program)
+    assert not pairs, set(pairs)
+
+
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "tensor", "dtype", "heads", "kv_heads", "head_dim"),
+    [
+        ("v5e:2x2", 4, 1, "bfloat16", 9, 3, 64),
+        ("v5e:2x2", 1, 4, "bfloat16", 8, 2, 128),
+        ("v5e:2x2", 4, 1, "float32", 4, 2, 6),
+        ("v5p:2x2x1", 4, 1, "bfloat16", 9, 3, 64),
+        ("v6e:2x2", 2, 2, "bfloat16", 8, 2, 128),
+    ],
+    ids=["v5e", "v5e-heads-split", "v5e-float32", "v5p", "v6e"],
+)
+def test_attention(topology, fsdp, tensor, dtype, heads, kv_heads, head_dim):
+    mesh = mesh_of(topology, fsdp, tensor)
+    q = on_rows(mesh, (8, LENGTH, heads, head_dim), dtype)
+    k = on_rows(mesh, (8, LENGTH, kv_heads, head_dim), dtype)
+    field = on_rows(mesh, (8, LENGTH))
+
+    def total(q, k, v, *fields):
+        return splash_attention(q, k, v, splash_mask(*fields)).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        check_splash(gradient.lower(q, k, k, field, field, field).compile().as_text())
+
+
+def abstract_state(decoder, optimizer, mesh) -> TrainState:
+    params = abstract_params(decoder, mesh)
+    everywhere = replicated(mesh)
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: placed(leaf, param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: placed(leaf, everywhere),
+    )
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), params, opt_state, None, None)
+
+
+def abstract_microbatch(mesh, *, rows: int, slots: int, groups: int) -> Microbatch:
+    shapes = dict.fromkeys(("tokens", "positions", "group", "candidate"), (rows, LENGTH))
+    shapes |= dict.fromkeys(("slot_source", "slot_target", "slot_owner"), (rows, slots))
+    shapes |= dict.fromkeys(("candidate_last", "rank", "candidate_mask"), (rows, groups, 2))
+    shapes["example_id"] = (rows, groups)
+    fields = {name: on_rows(mesh, shape) for name, shape in shapes.items()}
+    fields["candidate_mask"] = on_rows(mesh, shapes["candidate_mask"], "bool")
+    return Microbatch(Batch(**fields, label=None, margin=None), on_rows(mesh, (rows, slots), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("config", "topology"),
+    [(TINY, "v5e:2x2"), (TINY, "v5p:2x2x1"), (TINY, "v6e:2x2"), (SMOLLM2_135M, "v5e:2x2")],
+    ids=["tiny-v5e", "tiny-v5p", "tiny-v6e", "smollm2-135m-v5e"],
+)
+def test_a_whole_dpo_step(config, topology):
+    mesh = mesh_of(topology, 4, 1)
+    decoder = make_decoder(config, compute_dtype="bfloat16", attention="splash")
+    optimizer = optax.rmsprop(1e-6, decay=0.99, eps_in_sqrt=False)
+    state = abstract_state(decoder, optimizer, mesh)
+    task = preference_task(decoder, LOSSES["sigmoid"])
+    programs = make_programs(task, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
+    microbatch = abstract_microbatch(mesh, rows=8, slots=256, groups=8)
+    scalars = {"beta": 0.1, "label_smoothing": 0.0}
+    with jax.set_mesh(mesh):
+        compiled = programs.step.lower(state, microbatch, Counts(32.0, 100.0), scalars).compile()
+    check_splash(compiled.as_text())
