@@ -104,7 +104,7 @@ def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
       attend: `(q [rows, length, heads, head_dim], k [rows, length, kv_heads, head_dim], v, of_rows) -> as q`, where
         `of_rows` is a pytree of arrays whose first axis is rows.
     Returns:
-      The same function of whole arrays. Key/value heads that the mesh does not divide are repeated for their heads.
+      The same function of whole arrays. Key/value heads that the mesh does not divide are repeated until it does.
     """
 
     def mapped(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: Any) -> jax.Array:
@@ -112,8 +112,9 @@ def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         if mesh.empty:
             return attend(q, k, v, of_rows)
         spec, rows = partition_spec(("batch", None, "heads", None)), partition_spec(("batch",))
-        if k.shape[2] % mesh.shape[AXIS_RULES["heads"]]:
-            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        parts = mesh.shape[AXIS_RULES["heads"]]
+        if k.shape[2] % parts:
+            k, v = (jnp.repeat(x, parts // math.gcd(k.shape[2], parts), axis=2) for x in (k, v))
         local = jax.shard_map(attend, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
         return local(q, k, v, of_rows)
 

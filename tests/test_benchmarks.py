@@ -1,6 +1,7 @@
 """What of the benchmarks needs none of the libraries that they measure: numbers, tables, refusals, protocol."""
 
 import ast
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -232,6 +233,21 @@ def test_a_runner_that_dies_is_reported_with_its_last_words(runner):
     runner.wait_until_ready()
     with pytest.raises(RuntimeError, match=r"status 1(.|\n)*no more steps"):
         runner.step(2)
+
+
+def test_jaxdpos_runner_trains(tmp_path, model):
+    records, _ = pairs.usable_pairs(str(write_pairs(tmp_path / "data.jsonl", range(6))), model, 6, (64, 64, 64))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    places = {"model": str(model), "pairs": str(tmp_path / "pairs.jsonl"), "output": str(tmp_path / "run")}
+    spec = SPEC._replace(**places, steps=3, pairs_per_step=2, max_length=64, learning_rate=1e-2, warmup_steps=0)
+    wire.write_spec(tmp_path / "spec.json", spec)
+    script = BENCHMARKS / "peers" / "run_jaxdpo.py"
+    with contextlib.closing(wire.Runner(Path(sys.executable), script, tmp_path / "spec.json", tmp_path / "log")) as run:
+        run.wait_until_ready()
+        answers = [run.step(step) for step in range(3)]
+    assert answers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert abs(answers[2]["loss"] - np.log(2)) > 1e-3, "two updates changed the policy"
+    assert all(answer["reference_seconds"] > 0 for answer in answers)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,12 @@ def main() -> None:
         steps = [microbatches(dataset, ready.order.groups_of_step(step), ready.layout) for step in range(spec.steps)]
         everything = (batch for batches in steps for batch in batches)
         reference = dataset_logps(program, state.params, everything, mesh, label="reference")
+        placed = [
+            [place_batch(Microbatch(batch, slot_logps(reference, batch)), mesh) for batch in batches]
+            for batches in steps
+        ]
+        compile_programs(programs, state, placed, scalars)
+        del placed
         wire.ready("jax", "jaxlib", "flax", "optax")
         while (step := wire.next_step()) is not None:
             began = time.perf_counter()
@@ -51,6 +57,32 @@ def main() -> None:
             state, metrics, _ = run_step(programs, state, parts, step_counts(batches), scalars)
             jax.block_until_ready(state)
             wire.done(step, metrics["loss"], time.perf_counter() - referred, referred - began)
+
+
+def compile_programs(programs, state, steps, scalars) -> None:
+    """Runs every program that the steps will need once, so that none is compiled while it is timed.
+
+    Steps of several microbatches add up gradients, which changes no state. A step of one microbatch donates its state:
+    where there are any, in trials with few pairs, every step is taken by a copy.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdpo.train.objective import step_counts
+    from jaxdpo.train.step import run_step
+
+    seen = set()
+    for microbatches in steps:
+        counts = step_counts([microbatch.batch for microbatch in microbatches])
+        if any(len(others) == 1 for others in steps):
+            run_step(programs, jax.tree.map(jnp.copy, state), microbatches, counts, scalars)
+            continue
+        for microbatch in microbatches:
+            shape = jax.tree.map(jnp.shape, microbatch.batch)
+            if shape not in seen:
+                seen.add(shape)
+                grads = programs.init(state.params)
+                jax.block_until_ready(programs.accumulate(state.params, grads, microbatch, counts, scalars))
 
 
 def options(spec: Spec) -> dict:

@@ -21,7 +21,7 @@ LENGTH_MULTIPLE = 64
 LONGEST_ROW = 4
 """Rows are tried up to so many times the length of the largest group."""
 LENGTHS_TRIED = 13
-FURTHER_LENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.25)
+FURTHER_LENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5)
 """A further row length is looked for among these multiples of the longest one there is."""
 ROW_SHARES = (0.01, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Rows of a microbatch that are tried where there are several lengths, in those that the bound allows."""

@@ -116,6 +116,7 @@ class Layout:
           InputError: if a group alone exceeds the capacity of the longest rows.
         """
         needs = np.array([tokens, slots], np.int64).reshape(2, -1)
+        _check_fits(needs, self.shapes[0].capacity)
         common = (needs <= np.array(self._main.capacity[:2])[:, None]).all(axis=0)
         division: Division = []
         last: Division = []
@@ -130,11 +131,6 @@ class Layout:
     def _main(self) -> Shape:
         """The shape that takes the least work a token."""
         return min(self.shapes, key=lambda shape: self.work(shape) / shape.tokens)
-
-    @functools.cached_property
-    def _volumes(self) -> np.ndarray:
-        """`[2, shapes]`: tokens and slots of a microbatch of each shape."""
-        return np.array([[shape.tokens, shape.rows * shape.capacity.slots] for shape in self.shapes]).T
 
     def _cheaper(self, division: Division, needs: np.ndarray) -> Division:
         """The same groups in the shapes that take the least work, of those combinations that are tried."""
@@ -168,10 +164,11 @@ class Layout:
         """
         volumes = np.array([[shape.tokens, shape.rows * shape.capacity.slots] for shape in self.shapes])  # [shapes, 2]
         total, largest = needs.sum(axis=1), needs.max(axis=1)
-        most = np.ceil(total / volumes).max(axis=1).astype(int) + 1  # [shapes]
+        each = np.array([self.work(shape) for shape in self.shapes])
+        most = np.minimum(np.ceil(total / volumes).max(axis=1) + 1, limit // each).astype(int)  # [shapes]
         counts = np.indices(most + 1).reshape(len(most), -1).T  # [combinations, shapes]
         holds = [(largest <= shape.capacity[:2]).all() for shape in self.shapes]
-        work = counts @ np.array([self.work(shape) for shape in self.shapes])
+        work = counts @ each
         may = (counts @ volumes >= total).all(axis=1) & (counts[:, holds] > 0).any(axis=1) & (work < limit)
         return counts[may][np.argsort(work[may], kind="stable")]
 
@@ -189,12 +186,8 @@ def pack(tokens: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray, 
       InputError: if a group alone exceeds the capacity.
     """
     needs = np.array([tokens, slots], np.int64)  # [2, groups]
+    _check_fits(needs, capacity)
     size = np.array([[capacity.length], [capacity.slots]])
-    for group in np.flatnonzero((needs > size).any(axis=0)):
-        raise InputError(
-            f"group {group} needs {needs[0, group]} tokens, {needs[1, group]} of them scored; "
-            f"allowed: {capacity.length} and {capacity.slots} a row; raise the row length or lower max_length"
-        )
     rows = best_fit(needs, np.repeat(size, needs.shape[1], axis=1), np.full(needs.shape[1], capacity.groups))
     assert rows is not None  # a row for each group
     return [row for row in rows if row]
@@ -224,6 +217,14 @@ def best_fit(needs: np.ndarray, free: np.ndarray, places: np.ndarray) -> list[li
         slots[row] -= of_slots
         places[row] -= 1
     return rows
+
+
+def _check_fits(needs: np.ndarray, capacity: Capacity) -> None:
+    for group in np.flatnonzero((needs.T > capacity[:2]).any(axis=1)):
+        raise InputError(
+            f"group {group} needs {needs[0, group]} tokens, {needs[1, group]} of them scored; "
+            f"allowed: {capacity.length} and {capacity.slots} a row; raise the row length or lower max_length"
+        )
 
 
 def _microbatches(shape: Shape, rows: list[list[int]]) -> Division:

@@ -21,7 +21,7 @@ from jaxdpo.types import Batch
 
 UTILISATION = 0.35
 """Share of the matrix-product rate that a step is taken to reach: cautious, and only the printed time rests on it."""
-SKIPPING = ("blockwise",)
+SKIPPING = ("blockwise", "splash")
 """Forms of attention whose work is that of the groups, not that of the rows they are packed into."""
 BACKWARD = {"none": 3.0, "projections": 3.0, "attention": 4.0, "full": 4.0}
 """Cost of forward, what is computed again and backward over that of the forward pass alone, by `remat`."""

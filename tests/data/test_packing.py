@@ -178,6 +178,11 @@ def test_groups_go_into_the_fullest_of_given_rows_that_takes_them():
     assert best_fit(needs, rows, np.array([1, 2, 1])) is None
 
 
+def test_a_group_that_exceeds_the_longest_rows_is_an_error():
+    with pytest.raises(InputError, match="group 2 needs 101 tokens, 1 of them scored; allowed: 100 and 100 a row"):
+        layout((1, 100), (4, 20)).divide([10, 90, 101, 102], [1, 1, 1, 1])
+
+
 def layout(*shapes, **costs):
     return Layout(tuple(Shape(Capacity(length, length, 8, 5), rows) for rows, length in shapes), Costs(**costs))
 
