@@ -47,7 +47,7 @@ def save_peers(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
             above = [value["max"] - value["median"] for value in values]
             bars = axes.barh(names, medians, color=colors, height=0.65, xerr=[below, above], ecolor="#888888")
             axes.bar_label(bars, [f" {value:.3g}" for value in medians], padding=3)
-            axes.set_xlim(0, 1.2 * max(value["max"] for value in values))
+            axes.set_xlim(0, 1.3 * max(value["max"] for value in values))
             axes.grid(visible=False, axis="y")
             axes.set_title(title)
         axes.invert_yaxis()  # shared: the first case on top
@@ -80,7 +80,8 @@ def save_scaling(panels: Mapping[str, tuple[str, str, Sequence[Series]]], path: 
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)
             axes.set_title(name)
-            axes.legend()
+            axes.margins(y=0.25)  # room for the legend
+            axes.legend(loc="upper left", fontsize=8)
         for axes in grid:  # those that are left
             axes.set_visible(False)
         figure.savefig(path, dpi=130, format="png")

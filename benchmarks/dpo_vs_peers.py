@@ -60,7 +60,6 @@ def main() -> None:
         "model": args.model,
         "data": args.data,
         "pairs_per_step": args.pairs_per_step,
-        "left_out": left_out,
         "hyper": HYPER,
         "settings": {name: setting._asdict() for name, setting in settings.items()},
     }
@@ -71,7 +70,12 @@ def main() -> None:
     missing = [number for number in range(1, args.rounds + 1) if number not in done]
     if missing:
         measure(args.output, settings, pythons, model, {number: rounds[number] for number in (0, *missing)})
-    report(args.output, settings, {number: step_work(model, pairs) for number, pairs in enumerate(rounds)}, plan)
+    report(
+        args.output,
+        settings,
+        {number: step_work(model, pairs) for number, pairs in enumerate(rounds)},
+        {**plan, "left_out": left_out},
+    )
 
 
 def parse() -> argparse.Namespace:

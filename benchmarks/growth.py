@@ -115,7 +115,7 @@ def panels(rows: Sequence[Row], fitted: dict[str, dict[str, float]]) -> dict[str
             exponent = None if name == "prompt share" else fitted.get(name, {}).get(measure_name)
             values = [MEASURES[measure_name](row) for row in own]
             if own:
-                lines.append(Series(name, [row["size"] for row in own], values, exponent))
+                lines.append(Series(name.rpartition(", ")[2], [row["size"] for row in own], values, exponent))
         if lines:
             drawn[title] = (x_label, measure_name, lines)
     return drawn

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxdpo.models import Decoder, full_precision
+from jaxdpo.models import Decoder
+from jaxdpo.models.matmul import linear
 from jaxdpo.sharding import constrain
 from jaxdpo.types import Array, Batch
 
@@ -81,11 +82,8 @@ def token_statistics(
         return jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2)).reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
     def chunk(head: jax.Array, states: jax.Array, target: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        dtype = jnp.promote_types(states.dtype, jnp.float32)
         flat = states.reshape(rows * width, -1)
-        logits = jnp.einsum(
-            "te,ve->tv", flat, head, preferred_element_type=dtype, precision=full_precision(states.dtype)
-        ).reshape(rows, width, -1)
+        logits = linear(flat, head, decoder.multiplied_dtype, 1, True).reshape(rows, width, -1)
         logits = constrain(logits, "batch", None, "vocab")
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]  # [rows, width]
         log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]

@@ -61,6 +61,7 @@ def reference_facts(decoder: Decoder, weights: Any, tokens: str, platform: str) 
     return {
         "model": dataclasses.asdict(decoder.config),
         "dtype": decoder.compute_dtype,
+        "product_dtype": str(decoder.multiplied_dtype),
         "attention": decoder.attention,
         "weights": digest_of(weights),
         "tokens": tokens,

@@ -41,10 +41,7 @@ def main() -> None:
         steps = [microbatches(dataset, ready.order.groups_of_step(step), ready.layout) for step in range(spec.steps)]
         everything = (batch for batches in steps for batch in batches)
         reference = dataset_logps(program, state.params, everything, mesh, label="reference")
-        placed = [
-            [place_batch(Microbatch(batch, slot_logps(reference, batch)), mesh) for batch in batches]
-            for batches in steps
-        ]
+        placed = [[place_batch(Microbatch(b, slot_logps(reference, b)), mesh) for b in batches] for batches in steps]
         compile_programs(programs, state, placed, scalars)
         del placed
         wire.ready("jax", "jaxlib", "flax", "optax")

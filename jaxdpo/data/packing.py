@@ -220,7 +220,7 @@ def best_fit(needs: np.ndarray, free: np.ndarray, places: np.ndarray) -> list[li
 
 
 def _check_fits(needs: np.ndarray, capacity: Capacity) -> None:
-    for group in np.flatnonzero((needs.T > capacity[:2]).any(axis=1)):
+    for group in np.flatnonzero((needs > np.array(capacity[:2])[:, None]).any(axis=0)):
         raise InputError(
             f"group {group} needs {needs[0, group]} tokens, {needs[1, group]} of them scored; "
             f"allowed: {capacity.length} and {capacity.slots} a row; raise the row length or lower max_length"

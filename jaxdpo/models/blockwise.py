@@ -162,8 +162,8 @@ def _backward(kept: tuple, grad: jax.Array) -> tuple:
                 )  # [shared * BLOCK, BLOCK]
                 return (
                     grad_q + multiply(by_scores, key),
-                    _add_block(grad_k, multiply_transposed(by_scores, q), j),
-                    _add_block(grad_v, multiply_transposed(weights.astype(grad.dtype), grad), j),
+                    _add_block(grad_k, multiply_transposed(by_scores, q, q.dtype), j),
+                    _add_block(grad_v, multiply_transposed(weights, grad, grad.dtype), j),
                 )
 
             grad_q, *of_keys = lax.fori_loop(0, row.num_keys[i], add, (jnp.zeros(q.shape, wide), *of_keys))

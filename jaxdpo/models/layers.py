@@ -70,12 +70,12 @@ class Projection(nnx.Module):
         self.kernel = make_param(config, inputs + outputs, jax.nn.initializers.normal(config.init_std), rngs)
         self.bias = make_param(config, outputs, jax.nn.initializers.zeros, rngs) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[rows, length, *inputs]` -> `[rows, length, *outputs]`, same dtype."""
+    def __call__(self, x: jax.Array, multiplied: jnp.dtype) -> jax.Array:
+        """`[rows, length, *inputs]` -> `[rows, length, *outputs]`, same dtype; products of numbers of `multiplied`."""
         kernel = self.kernel[...]
         inputs, outputs = math.prod(kernel.shape[: self.contracted]), kernel.shape[self.contracted :]
         # Two-dimensional: XLA's CPU takes twice as long for the gradient of a product over rows and length.
-        flat = linear(x.reshape(x.shape[0] * x.shape[1], inputs), kernel.reshape(inputs, -1))
+        flat = linear(x.reshape(x.shape[0] * x.shape[1], inputs), kernel.reshape(inputs, -1), multiplied)
         x = flat.reshape(*x.shape[:2], *outputs)
         x = x if self.bias is None else x + self.bias[...].astype(x.dtype)[None, None]
         return checkpoint_name(x, "projection")
@@ -91,13 +91,15 @@ class Attention(nnx.Module):
         self.v = project(("embed",), ("kv_heads", "head_dim"))
         self.o = project(("heads", "head_dim"), ("embed",))
 
-    def __call__(self, x: jax.Array, attend: Attend, angles: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Attend, angles: jax.Array | None, multiplied: jnp.dtype) -> jax.Array:
         """`x` `[rows, length, embed]`, `angles` `[rows, length, head_dim / 2]` -> shape of `x`."""
-        q, k, v = self.q(x), self.k(x), self.v(x)  # [rows, length, heads or kv_heads, head_dim]
+        q, k, v = (
+            project(x, multiplied) for project in (self.q, self.k, self.v)
+        )  # [rows, length, heads or kv_heads, head_dim]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q = constrain(q, "batch", None, "heads", None)
-        return self.o(attend(q, k, v))  # [rows, length, embed]
+        return self.o(attend(q, k, v), multiplied)  # [rows, length, embed]
 
 
 class MLP(nnx.Module):
@@ -110,11 +112,11 @@ class MLP(nnx.Module):
         self.up = project(("embed",), ("mlp",))
         self.down = project(("mlp",), ("embed",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, multiplied: jnp.dtype) -> jax.Array:
         """`[rows, length, embed]` -> same shape and dtype."""
-        activation = ACTIVATIONS[self.activation]
-        wide = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
-        return self.down(constrain(wide, "batch", None, "mlp"))
+        activation, wide = ACTIVATIONS[self.activation], self.up(x, multiplied)
+        wide = activation(wide) if self.gate is None else activation(self.gate(x, multiplied)) * wide
+        return self.down(constrain(wide, "batch", None, "mlp"), multiplied)
 
 
 class Block(nnx.Module):
@@ -126,10 +128,10 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, attend: Attend, angles: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Attend, angles: jax.Array | None, multiplied: jnp.dtype) -> jax.Array:
         """As `Attention`: `[rows, length, embed]` -> same shape and dtype."""
-        x = x + self.attention(self.attention_norm(x), attend, angles)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(self.attention_norm(x), attend, angles, multiplied)
+        return x + self.mlp(self.mlp_norm(x), multiplied)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

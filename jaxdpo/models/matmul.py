@@ -4,6 +4,8 @@ What XLA derives by itself multiplies float32 cotangents with bfloat16 weights, 
 weights in bfloat16. Here both factors of a product have the compute dtype, so that it runs at the rate of that dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,40 +30,48 @@ def multiply(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> 
     )  # [size of the other axis of x, that of y]
 
 
-def multiply_transposed(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x.T @ y`, as `multiply`."""
-    if x.dtype != jnp.bfloat16:
-        return multiply(x, y, (0, 0))
-    # XLA's CPU has no bfloat16 kernel for it; asked for one it converts, or fails with "unsupported element type".
-    return lax.platform_dependent(
-        x,
-        y,
-        cpu=lambda x, y: multiply(x.astype(jnp.float32), y.astype(jnp.float32), (0, 0)),
-        default=lambda x, y: multiply(x, y, (0, 0)),
-    )
-
-
-@jax.custom_vjp
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int = 0, wide: bool = False) -> jax.Array:
+    """`x @ kernel`, or `x @ kernel.T`.
 
     Args:
-      x: `[tokens, inputs]` in the compute dtype.
-      kernel: `[inputs, outputs]` float32 master weights; its gradient is summed in at least float32.
+      x: `[tokens, inputs]`.
+      kernel: `[inputs, outputs]`, its gradient is summed in at least float32.
+      dtype: what the factors of the product, and of those in the backward pass, are rounded to.
+      axis: 1 for a kernel of `[outputs, inputs]`.
+      wide: whether the output is at least float32; otherwise it has the dtype of `x`.
     Returns:
-      `[tokens, outputs]`, dtype of `x`.
+      `[tokens, outputs]`.
     """
-    return _linear(x, kernel)[0]
+    return _linear(x, kernel, dtype, axis, wide)[0]
 
 
-def _linear(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return multiply(x, kernel.astype(x.dtype)).astype(x.dtype), (x, kernel)
+def _linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int, wide: bool) -> tuple:
+    out = multiply(x.astype(dtype), kernel.astype(dtype), (1, axis))
+    return out.astype(wide_dtype(x.dtype) if wide else x.dtype), (x, kernel)
 
 
-def _linear_gradients(kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_gradients(dtype: jnp.dtype, axis: int, wide: bool, kept: tuple, grad: jax.Array) -> tuple:
+    del wide
     x, kernel = kept
-    of_x = multiply(grad, kernel.astype(x.dtype), (1, 1)).astype(x.dtype)
-    return of_x, multiply_transposed(x, grad).astype(kernel.dtype)
+    of_x = multiply(grad.astype(dtype), kernel.astype(dtype), (1, 1 - axis)).astype(x.dtype)
+    first, second = (x, grad) if axis == 0 else (grad, x)
+    return of_x, multiply_transposed(first, second, dtype).astype(kernel.dtype)
 
 
 linear.defvjp(_linear, _linear_gradients)
+
+
+def multiply_transposed(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x.T @ y` of factors rounded to `dtype`, at least float32."""
+
+    def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
+        return multiply(x.astype(dtype), y.astype(dtype), (0, 0))
+
+    def exact(x: jax.Array, y: jax.Array) -> jax.Array:
+        return multiply(x.astype(jnp.float32), y.astype(jnp.float32), (0, 0))
+
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return rounded(x, y)
+    # XLA's CPU has no bfloat16 kernel for it; asked for one it converts, or fails with "unsupported element type".
+    return jax.lax.platform_dependent(x, y, cpu=exact, default=rounded)

@@ -31,7 +31,14 @@ class Transformer(nnx.Module):
         self.score = make_param(config, ("embed",), normal, rngs) if config.head == "score" else None
 
     def hidden(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, *, dtype: jnp.dtype, remat: str
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        *,
+        dtype: jnp.dtype,
+        multiplied: jnp.dtype,
+        remat: str,
     ) -> jax.Array:
         """States after the final norm.
 
@@ -39,7 +46,8 @@ class Transformer(nnx.Module):
           tokens: int `[rows, length]`.
           positions: int `[rows, length]`, each below `max_positions`.
           attend: attention over these rows.
-          dtype: what to compute in.
+          dtype: of activations.
+          multiplied: what the factors of matrix products are rounded to.
           remat: a key of `REMAT`.
         Returns:
           `[rows, length, embed]` in `dtype`.
@@ -52,7 +60,7 @@ class Transformer(nnx.Module):
         x = constrain(x, "batch", None, None)
 
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return constrain(block(x, attend, angles), "batch", None, None), None
+            return constrain(block(x, attend, angles, multiplied), "batch", None, None), None
 
         x, _ = jax.lax.scan(with_remat(layer, remat), x, self.blocks)  # 30 layers compile as one
         return self.final_norm(x)

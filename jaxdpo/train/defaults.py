@@ -23,6 +23,14 @@ def default_dtype(devices: Sequence[jax.Device]) -> DType:
     return "float32" if devices[0].platform == "cpu" else "bfloat16"
 
 
+def precision(dtype: DType, devices: Sequence[jax.Device]) -> tuple[str, str | None]:
+    """The compute dtype and, where it is another, that of matrix products: of a model in `dtype` on these devices.
+
+    On CPUs bfloat16 is for matrix products: in everything else it takes longer than float32, and is less exact.
+    """
+    return ("float32", "bfloat16") if dtype == "bfloat16" and devices[0].platform == "cpu" else (dtype, None)
+
+
 def default_attention(devices: Sequence[jax.Device], architecture: TransformerConfig) -> Attention:
     """The form of attention where `attention` is not given."""
     form = ATTENTION_FORMS.get(devices[0].platform, "dense")

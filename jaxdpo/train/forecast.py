@@ -15,6 +15,7 @@ from jaxdpo.data.pipeline import microbatches
 from jaxdpo.data.plan import StepPlan
 from jaxdpo.losses import LOSSES, LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
+from jaxdpo.models.matmul import multiply
 from jaxdpo.sharding import batch_size_multiple
 from jaxdpo.train.memory import device_memory, layout_bytes
 from jaxdpo.types import Batch
@@ -60,11 +61,11 @@ def forward_flops(config: TransformerConfig, *, rows: int, length: int, slots: i
 def measured_peak(dtype: str, *, size: int = 1024, seconds: float = 0.3) -> float:
     """Matrix-product rate of the first device in FLOP/s, by multiplying for `seconds`."""
     x = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda x: (x @ x) * 0)
-    multiply(x).block_until_ready()
+    square = jax.jit(lambda x: multiply(x, x))
+    square(x).block_until_ready()
     began, products = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        multiply(x).block_until_ready()
+        square(x).block_until_ready()
         products += 1
     return products * 2.0 * size**3 / (time.perf_counter() - began)
 
@@ -95,11 +96,11 @@ def print_forecast(
     passes = 2 * sum(map(len, datasets[1:])) / pairs + coupled * total
     passes += total if every_step else loss.needs_reference * min(total, order.num_steps_per_epoch)
     work = flops * (BACKWARD[model.remat] * total + passes)
-    seconds = work / (UTILISATION * measured_peak(model.compute_dtype) * len(devices))
+    seconds = work / (UTILISATION * measured_peak(str(model.multiplied_dtype)) * len(devices))
     device = next(iter(devices))
     parts = batch_size_multiple(jax.tree.leaves(params)[0].sharding.mesh)
     activations, of = layout_bytes(model, layout, parts=parts), device_memory(device)
-    print(f"model      {size / 1e6:.1f} M parameters, {model.compute_dtype}, on {len(devices)} device(s)")
+    print(f"model      {size / 1e6:.1f} M parameters, {config.dtype}, on {len(devices)} device(s)")
     print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"
     print(f"run        {total} steps of {pairs} {groups} in {per_step:.1f} microbatches; {config.objective}")

@@ -24,7 +24,7 @@ from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.sharding import batch_size_multiple, make_mesh
 from jaxdpo.train.checkpoint import tree_digests
-from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype
+from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype, precision
 from jaxdpo.train.forecast import layout_costs, print_forecast
 from jaxdpo.train.loop import Schedule
 from jaxdpo.train.memory import choose_remat, state_bytes
@@ -121,8 +121,10 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
 
     mesh = mesh_of(devices, architecture)
     dtype = config.dtype or default_dtype(devices)
-    model, params = recipe.load(config, source, compute_dtype=dtype, mesh=mesh)
-    model = dataclasses.replace(model, attention=config.attention or default_attention(devices, architecture))
+    compute_dtype, product_dtype = precision(dtype, devices)
+    model, params = recipe.load(config, source, compute_dtype=compute_dtype, mesh=mesh)
+    attention = config.attention or default_attention(devices, architecture)
+    model = dataclasses.replace(model, attention=attention, product_dtype=product_dtype)
     datasets = [item.dataset for item in data]
     microbatch_tokens = choose_microbatch_tokens(config.microbatch_tokens, datasets, devices, config.lengths_of_rows)
     order = StepPlan(

@@ -22,7 +22,7 @@ from jaxdpo.hf import load_config, load_reward_model, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.rewards import dataset_rewards, make_reward_program
 from jaxdpo.sharding import batch_size_multiple
-from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype
+from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype, precision
 from jaxdpo.train.forecast import layout_costs
 from jaxdpo.train.prepare import check_fits, mesh_of
 from jaxdpo.types import InputError, Origin
@@ -53,8 +53,11 @@ def score(config: ScoreConfig) -> None:
     devices = jax.devices()
     mesh = mesh_of(devices, load_config(source, head="score"))
     with jax.set_mesh(mesh):
-        decoder, params = load_reward_model(source, compute_dtype=config.dtype or default_dtype(devices), mesh=mesh)
-        decoder = dataclasses.replace(decoder, attention=default_attention(devices, decoder.config))
+        compute_dtype, product_dtype = precision(config.dtype or default_dtype(devices), devices)
+        decoder, params = load_reward_model(source, compute_dtype=compute_dtype, mesh=mesh)
+        decoder = dataclasses.replace(
+            decoder, attention=default_attention(devices, decoder.config), product_dtype=product_dtype
+        )
         with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=None) as bar:
             loaded = load_dataset(
                 config.data, tokenizer, config.max_length, format=config.format, use="score", progress=bar.update

@@ -65,7 +65,7 @@ def test_mlp(config):
     act = ACTIVATIONS[config.activation]
     up, down = np.asarray(mlp.up.kernel[...]), np.asarray(mlp.down.kernel[...])
     wide = act(X @ np.asarray(mlp.gate.kernel[...])) * (X @ up) if config.gated_mlp else act(X @ up)
-    np.testing.assert_allclose(mlp(X), wide @ down, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mlp(X, "float32"), wide @ down, rtol=1e-4, atol=1e-5)
 
 
 def test_rope_frequencies_by_kind():
