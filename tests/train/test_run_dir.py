@@ -66,6 +66,7 @@ OTHERS = {
     "data_weights": "2",
     "eval_data": "other.jsonl",
     "max_length": 7,
+    "attention": "dense",
     "shuffle": False,
     "loss": "hinge",
     "beta": 0.2,
