@@ -64,6 +64,11 @@ class DPOConfig(RunConfig):
         return f"{self.loss}, beta {self.beta:g}"
 
     @property
+    def reference_at_every_step(self) -> bool:
+        """Whether a reference's weights are held and evaluated at every step: it moves, or nothing is precomputed."""
+        return self.ref_model_sync_steps is not None or not self.precompute_ref_log_probs
+
+    @property
     def losses(self) -> tuple[str, ...]:
         """The names of the objectives that `loss` lists."""
         return split(self.loss)

@@ -78,6 +78,11 @@ class RunConfig(abc.ABC):
         """What the run minimises, for people."""
 
     @property
+    def reference_at_every_step(self) -> bool:
+        """Whether a reference's weights are held and evaluated at every step."""
+        return False
+
+    @property
     def data_shares(self) -> tuple[float, ...] | None:
         """The numbers that `data_weights` lists."""
         return None if self.data_weights is None else numbers("data_weights", self.data_weights)

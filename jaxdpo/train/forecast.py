@@ -89,12 +89,9 @@ def print_forecast(
     pairs = min(order.batch_size, order.groups_per_epoch)
     flops = sum(_forward_flops(model, batch, datasets[0]) for step in sampled for batch in step) / len(sampled)
     # Forward passes in steps: the reference's and, on held-out data, the reference's and the policy's at the end.
-    every_step = isinstance(config, DPOConfig) and (
-        config.ref_model_sync_steps is not None or not config.precompute_ref_log_probs
-    )
     coupled = loss.coupling in ("statistic", "sort") and per_step > 1  # all log-probs first, then the gradient
     passes = 2 * sum(map(len, datasets[1:])) / pairs + coupled * total
-    passes += total if every_step else loss.needs_reference * min(total, order.num_steps_per_epoch)
+    passes += total if config.reference_at_every_step else loss.needs_reference * min(total, order.num_steps_per_epoch)
     work = flops * (BACKWARD[model.remat] * total + passes)
     seconds = work / (UTILISATION * measured_peak(str(model.multiplied_dtype)) * len(devices))
     device = next(iter(devices))

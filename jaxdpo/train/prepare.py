@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import tqdm
 
-from jaxdpo.config import DPOConfig, RunConfig
+from jaxdpo.config import RunConfig
 from jaxdpo.data.audit import Audit
 from jaxdpo.data.audit_text import summary
 from jaxdpo.data.dataset import TokenizedDataset
@@ -179,10 +179,8 @@ def _state_bytes(config: RunConfig, params: dict, dataset: TokenizedDataset, lay
     """`state_bytes` of a run."""
     steps = order.sampled_steps()
     several = any(len(layout.divide(dataset.tokens[step], dataset.slots[step])) > 1 for step in steps)
-    copies = isinstance(config, DPOConfig) and (
-        config.ref_model_sync_steps is not None or not config.precompute_ref_log_probs
-    )
-    return state_bytes(params, make_optimizer(config), accumulates=several, copies=int(copies))
+    copies = int(config.reference_at_every_step)
+    return state_bytes(params, make_optimizer(config), accumulates=several, copies=copies)
 
 
 def load_policy(config: RunConfig, source: Path, **placement: Any) -> tuple[Decoder, dict]:

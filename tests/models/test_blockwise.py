@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.models import attention as dense_attention
 from jaxdpo.models import make_decoder, tree_mask
 from jaxdpo.models.blockwise import BLOCK, blockwise_attention, find_blocks
-from jaxdpo.sharding import make_mesh
+from jaxdpo.models.forms import ATTENTION
 from jaxdpo.types import Batch
 from tests import tiny
-from tests.models.test_splash import LONG, SHORT, fields_of, value_and_gradients
+from tests.models.rows import LONG, SHORT, assert_equals_dense, assert_split_over_devices, fields_of
+
+FORM = ATTENTION["blockwise"]
 
 
 @pytest.mark.parametrize(
@@ -26,25 +27,12 @@ from tests.models.test_splash import LONG, SHORT, fields_of, value_and_gradients
     ids=["short", "short-window", "bfloat16", "long", "long-window"],
 )
 def test_equals_dense(rows, length, sizes, dtype, window, tolerance):
-    fields = fields_of(rows, length)
-    expected = value_and_gradients(dense_attention, tree_mask, fields, **sizes, dtype=dtype, window=window)
-    got = value_and_gradients(blockwise_attention, find_blocks, fields, **sizes, dtype=dtype, window=window)
-    for mine, dense in zip(got, expected, strict=True):
-        assert mine.dtype == dense.dtype
-        mine, dense = np.asarray(mine, np.float32), np.asarray(dense, np.float32)
-        np.testing.assert_allclose(mine, dense, rtol=0, atol=tolerance * max(1, np.abs(dense).max()))
-        np.testing.assert_array_equal(mine[fields[1] == 0], 0)
+    assert_equals_dense(FORM, rows, length, dtype=dtype, tolerance=tolerance, window=window, **sizes)
 
 
 @pytest.mark.parametrize(("tensor", "kv_heads"), [(1, 2), (2, 2), (4, 2)])
 def test_each_device_computes_its_rows_and_heads(tensor, kv_heads):
-    fields = np.concatenate([fields_of(SHORT, 384)] * 4, axis=1)
-    sizes = {"heads": 4, "kv_heads": kv_heads, "head_dim": 8}
-    expected = value_and_gradients(dense_attention, tree_mask, fields, **sizes)
-    with jax.set_mesh(make_mesh(tensor=tensor)):
-        got = value_and_gradients(blockwise_attention, find_blocks, fields, **sizes)
-    for mine, dense in zip(got, expected, strict=True):
-        np.testing.assert_allclose(mine, dense, rtol=0, atol=1e-5)
+    assert_split_over_devices(FORM, tensor=tensor, kv_heads=kv_heads)
 
 
 def seen_blocks(fields, *, window=None):

@@ -7,46 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdpo.models import attention as dense_attention
 from jaxdpo.models import make_decoder, tree_mask
+from jaxdpo.models.forms import ATTENTION
 from jaxdpo.models.splash import splash_attention, splash_mask
-from jaxdpo.sharding import make_mesh
 from jaxdpo.types import Batch, InputError
 from tests import tiny
+from tests.models.rows import LONG, SHORT, assert_equals_dense, assert_split_over_devices, fields_of
 
-# Rows of groups, a group the lengths of its prompt and of each candidate: K of 1 to 4, one-token parts, an empty row;
-# parts that end at a block's edge, that span three blocks, and a block that lies within one completion.
-SHORT = [[(60, 40, 30), (1, 50), (30, 20, 1, 5, 40)], []]
-LONG = [[(512, 5, 3), (100, 600, 20, 7)], [(20, 1100), (30, 300, 40)], [(30, 4, 8)] * 35, []]
-
-
-def fields_of(rows, length):
-    """`positions`, `group` and `candidate`, each `[rows, length]`, as `build_batch` makes them."""
-    fields = np.zeros((3, len(rows), length), np.int32)
-    for row, groups in enumerate(rows):
-        at = 0
-        for group, (prompt, *candidates) in enumerate(groups, start=1):
-            for candidate, size in enumerate((prompt, *candidates)):
-                here = slice(at, at + size)
-                fields[0, row, here] = np.arange(size) + (prompt if candidate else 0)
-                fields[1, row, here], fields[2, row, here] = group, candidate
-                at += size
-    return fields
-
-
-def value_and_gradients(attend, prepare, fields, *, heads, kv_heads, head_dim, dtype="float32", window=None):
-    """The output of a form and the gradients of q, k and v for a random cotangent."""
-    shape = (*fields.shape[1:], heads, head_dim)
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, cotangent = (jax.random.normal(key, shape, dtype) for key in keys[:2])
-    k, v = (jax.random.normal(key, (*shape[:2], kv_heads, head_dim), dtype) for key in keys[2:])
-
-    @jax.jit
-    def run(q, k, v, cotangent, fields):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, prepare(*fields, window=window)), q, k, v)
-        return out, *pull(cotangent)
-
-    return run(q, k, v, cotangent, fields)
+FORM = ATTENTION["splash"]
 
 
 @pytest.mark.parametrize(
@@ -59,25 +27,12 @@ def value_and_gradients(attend, prepare, fields, *, heads, kv_heads, head_dim, d
     ids=["one-block", "bfloat16", "four-blocks"],
 )
 def test_equals_dense(rows, length, sizes, dtype, tolerance):
-    fields = fields_of(rows, length)
-    expected = value_and_gradients(dense_attention, tree_mask, fields, **sizes, dtype=dtype)
-    got = value_and_gradients(splash_attention, splash_mask, fields, **sizes, dtype=dtype)
-    for mine, dense in zip(got, expected, strict=True):
-        assert mine.dtype == dense.dtype
-        mine, dense = np.asarray(mine, np.float32), np.asarray(dense, np.float32)
-        np.testing.assert_allclose(mine, dense, rtol=0, atol=tolerance * max(1, np.abs(dense).max()))
-        np.testing.assert_array_equal(mine[fields[1] == 0], 0)
+    assert_equals_dense(FORM, rows, length, dtype=dtype, tolerance=tolerance, **sizes)
 
 
 @pytest.mark.parametrize(("tensor", "kv_heads"), [(1, 2), (2, 2), (4, 2)])
 def test_each_device_computes_its_rows_and_heads(tensor, kv_heads):
-    fields = np.concatenate([fields_of(SHORT, 384)] * 4, axis=1)
-    sizes = {"heads": 4, "kv_heads": kv_heads, "head_dim": 8}
-    expected = value_and_gradients(dense_attention, tree_mask, fields, **sizes)
-    with jax.set_mesh(make_mesh(tensor=tensor)):
-        got = value_and_gradients(splash_attention, splash_mask, fields, **sizes)
-    for mine, dense in zip(got, expected, strict=True):
-        np.testing.assert_allclose(mine, dense, rtol=0, atol=1e-5)
+    assert_split_over_devices(FORM, tensor=tensor, kv_heads=kv_heads)
 
 
 def test_a_model_computes_the_same():
