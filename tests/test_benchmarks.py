@@ -43,11 +43,10 @@ DRIFT = {
 }
 
 
-def rows(settings=SETTINGS, *, session=1, rounds=range(3), slower=1.0):
+def rows(settings=SETTINGS, *, rounds=range(1, 4), slower=1.0):
     """Rounds in which a setting takes its time, later rounds more by `slower`; jaxdpo's reference takes 10 s more."""
     return [
         {
-            "session": session,
             "round": number,
             "setting": name,
             "loss": 0.69 + DRIFT[name],
@@ -62,9 +61,8 @@ def rows(settings=SETTINGS, *, session=1, rounds=range(3), slower=1.0):
 
 def summarised(settings=SETTINGS, measured=None, peaks=None):
     work = dict.fromkeys(range(9), WORK)
-    return summary.summarise(
-        rows(settings) if measured is None else measured, settings, work, peaks or {"float32": 1e4, "bfloat16": 2e4}
-    )
+    measured = summary.by_setting(rows(settings) if measured is None else measured)
+    return summary.summarise(measured, settings, work, peaks or {"float32": 1e4, "bfloat16": 2e4})
 
 
 def test_cases_tell_the_reference_time_where_it_can_be_told():
@@ -89,24 +87,65 @@ def test_rates_and_shares_are_work_over_time():
     assert included["share_of_peak"]["bfloat16"]["median"] == pytest.approx(8 * each / 40 / 2e4)
 
 
-def test_the_first_step_is_not_timed_and_its_loss_counts():
-    measured = rows(rounds=range(2))
-    measured[0] |= {"seconds": 1e9, "loss": 0.9}
-    first = summarised(measured=measured)[0]
-    assert first["seconds"] == [40.0]
-    assert first["loss_drift"]["TRL's"] == pytest.approx(0.21)
+def test_a_visit_that_was_begun_again_replaces_what_it_measured():
+    stopped = [row | {"seconds": 1e9, "loss": 9.0} for row in rows(rounds=[2]) if row["setting"] == "trl float32"]
+    found = summary.by_setting(stopped + rows(rounds=[3, 2]))
+    assert list(found["trl float32"]) == [2, 3]
+    assert found["trl float32"][2]["seconds"] == SECONDS["trl float32"] and found["trl float32"][2]["loss"] == 0.69
 
 
-def test_only_whole_rounds_count_and_sessions_are_kept_apart():
-    measured = rows(rounds=range(3)) + rows(session=2, rounds=[0, 3, 4])[:-1]
-    done = summary.complete_rounds(measured, SETTINGS)
-    assert done == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 3)]
-    assert [row["round"] for row in summary.of_setting(measured, "trl fastest", done)] == [0, 1, 2, 0, 3]
-    assert len(summarised(measured=measured)[0]["seconds"]) == 3
+def test_rounds_that_only_one_setting_did_are_not_compared():
+    measured = rows(rounds=range(1, 4)) + [row for row in rows(rounds=[4]) if row["setting"] == "jaxdpo float32"]
+    measured[-1] |= {"seconds": 1.0, "loss": 9.0}
+    report = summarised(measured=measured)
+    assert list(report[0]["seconds"].values()) == [40.0, 40.0, 40.0, 11.0]
+    assert report[0]["loss_drift"]["TRL's"] == pytest.approx(1e-4)
+    assert summary.compare(report)[0]["max"] == 4
+
+
+def test_settings_take_turns_and_turn_round():
+    assert dpo_vs_peers.visits(["a", "b"], 5, 2) == [
+        ("a", range(1, 3)),
+        ("b", range(1, 3)),
+        ("b", range(3, 5)),
+        ("a", range(3, 5)),
+        ("a", range(5, 6)),
+        ("b", range(5, 6)),
+    ]
+
+
+def test_only_visits_that_are_missing_are_made(tmp_path, monkeypatch, model):
+    data = str(write_pairs(tmp_path / "data.jsonl", range(12)))
+    output = tmp_path / "results"
+    monkeypatch.setattr(dpo_vs_peers, "make_environment", lambda *_: Path(sys.executable))
+    visited = []
+
+    def visit(output, name, setting, python, model, rounds):
+        visited.append((name, *rounds))
+        if len(visited) == 4:
+            raise KeyboardInterrupt
+        for row in rows(rounds=rounds):
+            if row["setting"] == name:
+                dpo_vs_peers.append(output / "rounds.jsonl", row | {"versions": {}})
+        rates = {dtype: {"numpy": 1.0} for dtype in ("float32", "bfloat16")}
+        dpo_vs_peers.append(output / "matmul.jsonl", {"rates": rates})
+
+    monkeypatch.setattr(dpo_vs_peers, "visit", visit)
+    flags = f"--envs e --data {data} --output {output} --model {model} --rounds 3 --rounds-per-visit 2"
+    flags += " --pairs-per-step 4 --peers jaxdpo,trl --max-prompt-length 99 --max-response-length 99"
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
+    with pytest.raises(KeyboardInterrupt):
+        dpo_vs_peers.main()
+    stopped = visited.copy()
+    dpo_vs_peers.main()
+    assert visited[4:][0] == stopped[-1] and len(visited) == len(set(visited)) + 1 == 9
+    facts = json.loads((output / "results.json").read_text())
+    assert facts["summary"][0]["pairs_per_second"]["median"] == 4 / 40
+    assert list(facts["losses"]) == [name for name in SETTINGS if name != "tunix float32"]
 
 
 def test_what_must_hold_is_compared_round_by_round():
-    report = summarised(measured=rows(rounds=range(4), slower=2.0))  # drift that hits all alike changes no ratio
+    report = summarised(measured=rows(rounds=range(1, 4), slower=2.0))  # drift that hits all alike changes no ratio
     found = {row["what"]: row for row in summary.compare(report)}
     included, memory, loss, fastest, tunix, share = found.values()
     assert included["median"] == included["min"] == included["max"] == 160 / 40 and included["holds"]
@@ -131,7 +170,7 @@ def test_libraries_that_were_left_out_are_not_compared():
 
 
 def test_tables_hold_every_case_and_every_bound():
-    report = summarised(measured=rows(slower=1.5))
+    report = summarised(measured=rows(rounds=range(1, 3), slower=1.5))
     comparisons = summary.compare(report)
     text = summary.markdown(report, comparisons)
     lines = [line for line in text.splitlines() if line]
@@ -309,7 +348,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     "flags, message",
     [
         ("--peers jaxdpo,torchtune", "has torchtune; allowed: jaxdpo, trl, tunix"),
-        ("--rounds 0", "--rounds 0 of --pairs-per-step 64; allowed: at least 1"),
+        ("--rounds 0", "--rounds is 0; allowed: at least 1"),
     ],
 )
 def test_bad_options_are_refused(monkeypatch, capsys, flags, message):

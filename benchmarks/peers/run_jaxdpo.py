@@ -26,7 +26,8 @@ def main() -> None:
     from jaxdpo.train.state import init_state
     from jaxdpo.train.step import Microbatch, make_programs, run_step
 
-    ready = prepare(DPOConfig(**options(spec)), DPO, jax.devices())
+    config = DPOConfig(**options(spec))
+    ready = prepare(config, DPO, jax.devices())
     dataset, mesh = ready.data[0].dataset, ready.mesh
     check_tokens(dataset, spec)
     scalars = DPO.scalars(ready.config)
@@ -41,9 +42,9 @@ def main() -> None:
         steps = [microbatches(dataset, ready.order.groups_of_step(step), ready.layout) for step in range(spec.steps)]
         everything = (batch for batches in steps for batch in batches)
         reference = dataset_logps(program, state.params, everything, mesh, label="reference")
-        placed = [[place_batch(Microbatch(b, slot_logps(reference, b)), mesh) for b in batches] for batches in steps]
-        compile_programs(programs, state, placed, scalars)
-        del placed
+        referred = [[Microbatch(batch, slot_logps(reference, batch)) for batch in batches] for batches in steps]
+        warm_up(programs, state, mesh, referred, scalars)
+        state = init_state(prepare(config, DPO, jax.devices()).params, optimizer, mesh)
         wire.ready("jax", "jaxlib", "flax", "optax")
         while (step := wire.next_step()) is not None:
             began = time.perf_counter()
@@ -56,30 +57,25 @@ def main() -> None:
             wire.done(step, metrics["loss"], time.perf_counter() - referred, referred - began)
 
 
-def compile_programs(programs, state, steps, scalars) -> None:
-    """Runs every program that the steps will need once, so that none is compiled while it is timed.
-
-    Steps of several microbatches add up gradients, which changes no state. A step of one microbatch donates its state:
-    where there are any, in trials with few pairs, every step is taken by a copy.
-    """
+def warm_up(programs, state, mesh, steps, scalars) -> None:
+    """Runs every program that the steps will need, on microbatches of each shape; the state is donated and lost."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
+    from jaxdpo.sharding import place_batch
     from jaxdpo.train.objective import step_counts
     from jaxdpo.train.step import run_step
 
-    seen = set()
-    for microbatches in steps:
+    def run(microbatches):
         counts = step_counts([microbatch.batch for microbatch in microbatches])
-        if any(len(others) == 1 for others in steps):
-            run_step(programs, jax.tree.map(jnp.copy, state), microbatches, counts, scalars)
-            continue
-        for microbatch in microbatches:
-            shape = jax.tree.map(jnp.shape, microbatch.batch)
-            if shape not in seen:
-                seen.add(shape)
-                grads = programs.init(state.params)
-                jax.block_until_ready(programs.accumulate(state.params, grads, microbatch, counts, scalars))
+        placed = [place_batch(microbatch, mesh) for microbatch in microbatches]
+        return run_step(programs, state, placed, counts, scalars)[0]
+
+    by_shape = {str(jax.tree.map(np.shape, m.batch)): m for microbatches in steps for m in microbatches}
+    if any(len(microbatches) > 1 for microbatches in steps):
+        state = run([*by_shape.values()] * 2)
+    for microbatch in by_shape.values() if any(len(microbatches) == 1 for microbatches in steps) else ():
+        state = run([microbatch])
 
 
 def options(spec: Spec) -> dict:

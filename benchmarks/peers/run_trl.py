@@ -34,9 +34,13 @@ def main() -> None:
             return result
 
     class Blocked(TrainerCallback):
-        """Answers for the step that has ended, and waits to be asked for another."""
+        """Warms up on a microbatch, then answers for each step that has ended, and waits to be asked for another."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            trainer.training_step(model, next(iter(kwargs["train_dataloader"])))
+            model.zero_grad()
+            losses.clear()
             wire.ready("trl", "torch", "transformers", "accelerate", "datasets")
             self._wait(control)
 

@@ -1,11 +1,12 @@
 """From the measured rounds to the numbers that are reported. Plain Python: nothing here runs a model."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
-"""One measured step: `session`, `round` (0 is not timed), `setting`, and what the runner answered."""
+"""One measured step: `round`, `setting`, and what the runner answered."""
 
 
 class Setting(NamedTuple):
@@ -60,18 +61,12 @@ def cases(settings: Mapping[str, Setting]) -> list[Case]:
     return [Case(name, with_it) for name, setting in settings.items() for with_it in of_reference[setting.reference]]
 
 
-def complete_rounds(rows: Iterable[Row], settings: Iterable[str]) -> list[tuple[int, int]]:
-    """`(session, round)` of the rounds in which every setting was measured, the untimed ones too."""
-    seen: dict[tuple[int, int], set[str]] = {}
+def by_setting(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
+    """The rounds of each setting, in order. A visit that was begun again replaces what it had measured."""
+    found: dict[str, dict[int, Row]] = {}
     for row in rows:
-        seen.setdefault((row["session"], row["round"]), set()).add(row["setting"])
-    return sorted(key for key, names in seen.items() if names >= set(settings))
-
-
-def of_setting(rows: Iterable[Row], setting: str, rounds: Iterable[tuple[int, int]]) -> list[Row]:
-    """The rows of a setting in the given rounds, in their order."""
-    by_round = {(row["session"], row["round"]): row for row in rows if row["setting"] == setting}
-    return [by_round[key] for key in rounds]
+        found.setdefault(row["setting"], {})[row["round"]] = row
+    return {name: dict(sorted(rounds.items())) for name, rounds in found.items()}
 
 
 def seconds(row: Row, *, with_reference: bool) -> float:
@@ -79,9 +74,9 @@ def seconds(row: Row, *, with_reference: bool) -> float:
     return row["seconds"] + ((row["reference_seconds"] or 0.0) if with_reference else 0.0)
 
 
-def loss_drift(rows: Sequence[Row], others: Sequence[Row]) -> float:
-    """Largest difference of the losses of two settings, over the same steps."""
-    return max(abs(row["loss"] - other["loss"]) for row, other in zip(rows, others, strict=True))
+def loss_drift(rows: Mapping[int, Row], others: Mapping[int, Row]) -> float:
+    """Largest difference of the losses of two settings, over the rounds that both did."""
+    return max((abs(row["loss"] - others[n]["loss"]) for n, row in rows.items() if n in others), default=math.nan)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -90,29 +85,27 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def summarise(
-    rows: Sequence[Row], settings: Mapping[str, Setting], work: Mapping[int, Work], peaks: Mapping[str, float]
+    rows: Mapping[str, Mapping[int, Row]],
+    settings: Mapping[str, Setting],
+    work: Mapping[int, Work],
+    peaks: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """What is reported of every case.
 
     Args:
-      rows: measured steps.
-      settings: those of this benchmark.
+      rows: measured steps, as `by_setting` gives them.
+      settings: those that were measured.
       work: of each round.
       peaks: FLOP/s of the largest matrix product by dtype.
     Returns:
-      An entry for each of `cases(settings)`; rates as `spread` over the timed rounds. `loss_drift` is against float32:
-      TRL's, where it was run, and a library's own.
+      An entry for each of `cases(settings)`; rates as `spread` over the rounds. `loss_drift` is against float32: TRL's,
+      where it was run, and a library's own.
     """
-    rounds = complete_rounds(rows, settings)
-    timed = [key for key in rounds if key[1] > 0]
     report = []
     for case in cases(settings):
         name, with_reference = case
-        own = of_setting(rows, name, timed)
-        times = [seconds(row, with_reference=with_reference) for row in own]
-        works = [work[row["round"]] for row in own]
-        flops = [w.flops(with_reference=with_reference) / t for w, t in zip(works, times, strict=True)]
-        everywhere = of_setting(rows, name, rounds)
+        times = {number: seconds(row, with_reference=with_reference) for number, row in rows[name].items()}
+        flops = [work[n].flops(with_reference=with_reference) / t for n, t in times.items()]
         baselines = {"TRL's": "trl float32", "its own": f"{settings[name].peer} float32"}
         report.append(
             {
@@ -120,14 +113,12 @@ def summarise(
                 "setting": name,
                 "with_reference": with_reference,
                 "seconds": times,
-                "pairs_per_second": spread([w.pairs / t for w, t in zip(works, times, strict=True)]),
-                "useful_tokens_per_second": spread([w.tree_tokens / t for w, t in zip(works, times, strict=True)]),
-                "peak_rss_bytes": max(row["peak_rss_bytes"] for row in everywhere),
+                "pairs_per_second": spread([work[n].pairs / t for n, t in times.items()]),
+                "useful_tokens_per_second": spread([work[n].tree_tokens / t for n, t in times.items()]),
+                "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows[name].values()),
                 "share_of_peak": {dtype: spread([rate / peak for rate in flops]) for dtype, peak in peaks.items()},
                 "loss_drift": {
-                    whose: loss_drift(everywhere, of_setting(rows, base, rounds))
-                    for whose, base in baselines.items()
-                    if base in settings
+                    whose: loss_drift(rows[name], rows[base]) for whose, base in baselines.items() if base in settings
                 },
             }
         )
@@ -136,7 +127,8 @@ def summarise(
 
 def ratios(faster: Mapping[str, Any], slower: Mapping[str, Any]) -> dict[str, float]:
     """By what factor one case is faster than another, round by round."""
-    return spread([other / own for own, other in zip(faster["seconds"], slower["seconds"], strict=True)])
+    own, other = faster["seconds"], slower["seconds"]
+    return spread([other[number] / own[number] for number in own if number in other])
 
 
 def compare(report: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
