@@ -1,5 +1,6 @@
 """Every test runs on 8 CPU devices, with warnings and implicit rank promotion as errors."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 
 from jaxdpo.hub import cache_root
 
+# XLA takes most of the tests' time: programs that run once are not worth optimizing. Processes that tests start inherit
+# the flags; `XLA_FLAGS= pytest` compiles as users do.
+QUICK = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")  # gone in 0.12, where an unknown flag ends the process
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
