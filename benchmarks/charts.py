@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxdpo.plots import HELD_OUT, NEUTRAL, OTHER, POLICY, STYLE
 
@@ -73,9 +74,13 @@ def save_scaling(panels: Mapping[str, tuple[str, str, Sequence[Series]]], path: 
             for line, color, marker in zip(lines, colors, MARKERS, strict=False):
                 label = line.label if line.slope is None else f"{line.label}, slope {line.slope:.2f}".lstrip(", ")
                 axes.plot(line.sizes, line.values, color=color, marker=marker, markersize=4, label=label)
-            axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
             sizes = sorted({size for line in lines for size in line.sizes})
+            if sizes[-1] > 1:  # shares stand as far apart as they are
+                axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 6 else 0)
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)

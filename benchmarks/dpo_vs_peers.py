@@ -11,7 +11,7 @@ appended to `rounds.jsonl` at once, and the same command goes on with the visit 
 import argparse
 import json
 import os
-import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from peers.environments import PEERS, make_environment
 from peers.pairs import export_model, step_work, usable_pairs
 from peers.summary import Setting, by_setting, compare, markdown, summarise
@@ -207,7 +208,7 @@ def report(output: Path, work: dict[int, Any], plan: dict[str, Any]) -> None:
     comparisons = compare(summary)
     facts = {
         "plan": plan,
-        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
         "versions": {name: of_rounds[max(of_rounds)]["versions"] for name, of_rounds in rows.items()},
         "peak_gflops": peaks,
         "work": {number: of_round._asdict() for number, of_round in work.items()},
@@ -222,17 +223,13 @@ def report(output: Path, work: dict[int, Any], plan: dict[str, Any]) -> None:
 
 
 def best_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """GFLOP/s by dtype: the best of all libraries and rounds."""
-    return {
-        dtype: max(rate for row in rows for rate in row["rates"][dtype].values()) for dtype in ("float32", "bfloat16")
-    }
-
-
-def processor() -> str:
-    """The model of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    """GFLOP/s by dtype: the best library's, the median of what it reached before each visit."""
+    best = {}
+    for dtype in ("float32", "bfloat16"):
+        measured = [row["rates"][dtype] for row in rows]
+        libraries = set().union(*measured)
+        best[dtype] = max(statistics.median(rates[name] for rates in measured if name in rates) for name in libraries)
+    return best
 
 
 if __name__ == "__main__":

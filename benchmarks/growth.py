@@ -62,7 +62,8 @@ def write(rows: Sequence[Row], output: Path, *, attention: str, machine: str) ->
     fitted, sharing = slopes(rows), shared_prompt(rows)
     facts = {"attention": attention, "machine": machine, "slopes": fitted, "shared_prompt": sharing, "rows": rows}
     (output / f"scaling_{attention}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    text = markdown(rows, fitted, sharing)
+    command = f"python benchmarks/scaling.py --attention {attention}"
+    text = f"# How a step grows\n\n`{command}`. {machine}.\n\n{markdown(rows, fitted, sharing)}"
     (output / f"scaling_{attention}.md").write_text(text)
     save_scaling(panels(rows, fitted), output / f"scaling_{attention}.png", title=f"attention: {attention}")
     return text

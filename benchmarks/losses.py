@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from machine import processor
 
 from jaxdpo.losses import LOSSES, LossSpec, combine, over_all_pairs, weighted_by_policy, with_divergence
 
@@ -68,13 +69,6 @@ def machine() -> dict[str, object]:
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
-
-
-def processor() -> str:
-    """The model of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def measure(name: str, spec: LossSpec, shape: tuple[int, int], repeats: int) -> dict[str, object]:

@@ -10,8 +10,6 @@ of several steps. Exponents are fitted to the points on logarithmic axes. Writes
 import argparse
 import itertools
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from growth import write
+from machine import machine
 
 GROUP = (64, 32, 32)
 """Tokens of the prompt and the completions of a group of fixed length."""
@@ -95,8 +94,7 @@ def main() -> None:
         done = subprocess.run([*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, check=True, text=True)
         rows.append({"sweep": point.sweep, "size": point.size, "tokens": point.tokens, **json.loads(done.stdout)})
         print(describe(rows[-1]), flush=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"\n{write(rows, args.output, attention=args.attention, machine=machine)}")
+    print(f"\n{write(rows, args.output, attention=args.attention, machine=machine('jax'))}")
 
 
 def _point(fields: list[Any]) -> Point:

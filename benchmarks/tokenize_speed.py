@@ -11,7 +11,6 @@ anonymous memory is stated too. The default takes ten minutes and 2 GB of disk o
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -20,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 TEXT = """the model prefers a short answer that is true over long ones which wander about without end and people notice
 it quickly because every sentence they read costs them time so write less say more and stop when you are done"""
@@ -56,7 +57,7 @@ def main() -> None:
             "audit": args.audit,
             "data_bytes": data.stat().st_size,
             "cache_bytes": sum(file.stat().st_size for file in Path(folder, "cache").rglob("*") if file.is_file()),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "machine": machine(),
             "starts": starts,
         }
     print(f"{facts['data_bytes']:,} bytes of data, {facts['cache_bytes']:,} in the cache; {facts['machine']}")

@@ -399,6 +399,12 @@ def test_the_matrix_product_is_measured(monkeypatch, capsys):
     assert dpo_vs_peers.best_rates([{"rates": rates}])["float32"] == max(rates["float32"].values()) > 0
 
 
+def test_the_peak_is_the_best_librarys_median():
+    measured = [{"numpy": 3.0, "torch": 5.0}, {"numpy": 3.0, "torch": 4.0}, {"numpy": 9.0, "torch": 6.0}, {"jax": 4.5}]
+    rates = dpo_vs_peers.best_rates([{"rates": {"float32": rates, "bfloat16": {"jax": 1.0}}} for rates in measured])
+    assert rates == {"float32": 5.0, "bfloat16": 1.0}
+
+
 def test_slopes_are_the_exponents_of_power_laws():
     sizes = [256, 512, 1024, 8192]
     assert growth.slope(sizes, [3.0 * n**1.5 for n in sizes]) == pytest.approx(1.5)

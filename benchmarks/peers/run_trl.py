@@ -38,6 +38,7 @@ def main() -> None:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             model = kwargs["model"]
+            trainer.current_gradient_accumulation_steps = 1  # set anew by the loop that begins after this
             trainer.training_step(model, next(iter(kwargs["train_dataloader"])))
             model.zero_grad()
             losses.clear()
