@@ -25,6 +25,7 @@ from jaxdpo.config import (
     ScoreConfig,
     SFTConfig,
 )
+from jaxdpo.hub import cache_root
 from jaxdpo.options import check_words, from_mapping
 from jaxdpo.train.interrupt import Terminated, terminable
 from jaxdpo.types import InputError, RunInterrupted, RunStopped
@@ -110,6 +111,17 @@ INTERRUPTED = (130, 143)
 """Exit statuses after Ctrl-C and SIGTERM."""
 
 
+COMPILED_BYTES = 8 * 2**30
+"""How much the compiled programs that are kept may take; those that were not used for the longest time go first."""
+
+
+def _keep_programs() -> None:
+    """Keeps what XLA compiles on disk, unless jax was told where, or runs already with a place of the caller's."""
+    if "jax" not in sys.modules and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_root() / "programs")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
@@ -121,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         verb, config = parse(argv)
+        _keep_programs()
         with terminable():
             status = VERBS[verb][1](config)
     except InputError as error:

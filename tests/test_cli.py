@@ -400,6 +400,35 @@ def test_help_imports_no_jax():
     assert not loaded & {"jax", "flax", "optax", "orbax", "grain", "transformers", "safetensors", "matplotlib"}
 
 
+COMPILING = (
+    "from jaxdpo import cli\n"
+    "def run(config):\n"
+    "    import jax\n"
+    "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+    "    jax.jit(lambda x: x + 1)(0)\n"
+    "    print(jax.config.jax_compilation_cache_max_size)\n"
+    "cli.VERBS['convert'] = (cli.ConvertConfig, run)\n"
+    "cli.main(['convert', '--data', 'a.jsonl', '--output-dir', 'b'])"
+)
+"""A process in which a verb compiles a program."""
+
+
+def test_compiled_programs_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDPO_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    done = process(COMPILING)
+    assert done.stdout == f"{8 * 2**30}\n", done.stderr
+    assert any(tmp_path.glob("programs/*-cache"))
+
+
+def test_compiled_programs_are_kept_where_jax_was_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDPO_CACHE", str(tmp_path / "unused"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "stated"))
+    done = process(COMPILING)
+    assert done.stdout == "-1\n", done.stderr
+    assert any(tmp_path.glob("stated/*-cache")) and not (tmp_path / "unused").exists()
+
+
 def test_a_process_ends_with_the_status_and_one_line(tmp_path):
     flags = ["--model", "m", "--data", str(tmp_path / "none.jsonl"), "--output-dir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-m", "jaxdpo.cli", "dpo", *flags], capture_output=True, text=True)
