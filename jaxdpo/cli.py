@@ -115,13 +115,6 @@ COMPILED_BYTES = 8 * 2**30
 """How much the compiled programs that are kept may take; those that were not used for the longest time go first."""
 
 
-def _keep_programs() -> None:
-    """Keeps what XLA compiles on disk, unless jax was told where, or runs already with a place of the caller's."""
-    if "jax" not in sys.modules and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_root() / "programs")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
@@ -133,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         verb, config = parse(argv)
-        _keep_programs()
         with terminable():
             status = VERBS[verb][1](config)
     except InputError as error:
@@ -155,9 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console() -> None:
     """The command `jaxdpo`: `main`, as a process.
 
-    After an interruption the process ends without the interpreter's clean-up, which crashes where the signal came while
-    XLA was compiling (jax 0.10.2).
+    What XLA compiles is kept on disk, unless jax was told where. After an interruption the process ends without the
+    interpreter's clean-up, which crashes where the signal came while XLA was compiling (jax 0.10.2).
     """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_root() / "programs")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
     status = main()
     if status in INTERRUPTED:
         sys.stdout.flush()

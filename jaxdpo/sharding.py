@@ -34,26 +34,55 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    devices: Sequence[jax.Device] | None = None, *, fsdp: int | None = None, tensor: int = 1
+    devices: Sequence[jax.Device] | None = None, *, data: int | None = None, fsdp: int | None = None, tensor: int = 1
 ) -> jax.sharding.Mesh:
     """Mesh of axes `(data, fsdp, tensor)` over the devices, all on `fsdp` unless told otherwise.
 
     Args:
       devices: the devices to use; all of this process's platform by default.
-      fsdp: devices that share one copy of the parameters; by default all that `tensor` leaves.
+      data: copies of the parameters; by default as many as `fsdp` and `tensor` leave, which is one without `fsdp`.
+      fsdp: devices that share one copy of the parameters; by default all that `data` and `tensor` leave.
       tensor: devices that share one row's heads, mlp and vocabulary.
     Raises:
-      InputError: if `fsdp * tensor` does not divide the number of devices.
+      InputError: if the sizes do not divide the number of devices, or all are given and leave some of them out.
     """
     devices = list(jax.devices() if devices is None else devices)
-    fsdp = len(devices) // max(tensor, 1) if fsdp is None else fsdp
-    if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
+    stated = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {axis: size for axis, size in stated.items() if size is not None}
+    taken, text = math.prod(sizes.values()), " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if min(sizes.values()) < 1 or len(devices) % taken:
         raise InputError(
-            f"fsdp={fsdp} x tensor={tensor} does not divide {len(devices)} devices; "
+            f"{text} does not divide {len(devices)} devices; "
             f"allowed: divisors of {len(devices)}, {_divisors(len(devices))}"
         )
-    grid = np.asarray(devices).reshape(-1, fsdp, tensor)
+    if len(sizes) == len(stated) and taken != len(devices):
+        raise InputError(f"{text} takes {taken} of {len(devices)} devices; allowed: all of them")
+    rest = len(devices) // taken
+    grid = np.asarray(devices).reshape(-1, rest if fsdp is None else fsdp, tensor)
     return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """What `make_mesh` is to be called with: the sizes by axis of a text such as "fsdp=4,tensor=2".
+
+    Raises:
+      InputError: for anything else than different axes with whole numbers of at least 1.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    sizes = {axis.strip(): size.strip() for axis, _, size in parts}
+    numbers = all(size.isascii() and size.isdecimal() and int(size) for size in sizes.values())
+    if not numbers or len(sizes) < len(parts) or not set(sizes) <= set(MESH_AXES):
+        raise InputError(
+            f"the mesh is {text!r}; allowed: auto, or sizes of {', '.join(MESH_AXES)}, each axis once, as "
+            "fsdp=4,tensor=2; the rest of the devices repeats that"
+        )
+    return {axis: int(size) for axis, size in sizes.items()}
+
+
+def mesh_summary(mesh: jax.sharding.Mesh) -> str:
+    """The devices and the axes that are more than one wide, for people."""
+    axes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+    return f"{mesh.size} device(s)" + (f", {','.join(axes)}" if axes else "")
 
 
 def batch_size_multiple(mesh: jax.sharding.Mesh) -> int:

@@ -401,6 +401,7 @@ def test_help_imports_no_jax():
 
 
 COMPILING = (
+    "import sys\n"
     "from jaxdpo import cli\n"
     "def run(config):\n"
     "    import jax\n"
@@ -408,7 +409,8 @@ COMPILING = (
     "    jax.jit(lambda x: x + 1)(0)\n"
     "    print(jax.config.jax_compilation_cache_max_size)\n"
     "cli.VERBS['convert'] = (cli.ConvertConfig, run)\n"
-    "cli.main(['convert', '--data', 'a.jsonl', '--output-dir', 'b'])"
+    "sys.argv = ['jaxdpo', 'convert', '--data', 'a.jsonl', '--output-dir', 'b']\n"
+    "cli.console()"
 )
 """A process in which a verb compiles a program."""
 

@@ -16,6 +16,8 @@ from jaxdpo.sharding import (
     batch_size_multiple,
     constrain,
     make_mesh,
+    mesh_sizes,
+    mesh_summary,
     named_sharding,
     partition_spec,
     place_batch,
@@ -38,6 +40,9 @@ DIVISIBLE = dataclasses.replace(tiny.LLAMA, vocab_size=64)
         ({"fsdp": 2}, (4, 2, 1)),
         ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
         ({"fsdp": 1, "tensor": 8}, (1, 1, 8)),
+        ({"data": 2}, (2, 4, 1)),
+        ({"data": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 4, "fsdp": 2}, (4, 2, 1)),
     ],
 )
 def test_mesh_takes_all_devices(options, shape):
@@ -45,6 +50,27 @@ def test_mesh_takes_all_devices(options, shape):
     assert dict(mesh.shape) == dict(zip(MESH_AXES, shape, strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
     assert batch_size_multiple(mesh) == 8 // mesh.shape["tensor"]
+
+
+def test_a_mesh_that_leaves_devices_out_is_refused():
+    with pytest.raises(InputError, match="data=2 x fsdp=2 x tensor=1 takes 4 of 8 devices; allowed: all of them"):
+        make_mesh(data=2, fsdp=2)
+
+
+@pytest.mark.parametrize("text, sizes", [("fsdp=4", {"fsdp": 4}), (" data=2, tensor = 4", {"data": 2, "tensor": 4})])
+def test_sizes_are_read(text, sizes):
+    assert mesh_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "fsdp", "fsdp=", "fsdp=0", "fsdp=-1", "fsdp=2.0", "rows=2", "fsdp=2,fsdp=4", "4"])
+def test_a_mesh_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="allowed: auto, or sizes of data, fsdp, tensor, each axis once"):
+        mesh_sizes(text)
+
+
+def test_a_mesh_is_told_by_its_wide_axes():
+    assert mesh_summary(make_mesh(fsdp=2, tensor=2)) == "8 device(s), data=2,fsdp=2,tensor=2"
+    assert mesh_summary(make_mesh(jax.devices()[:1])) == "1 device(s)"
 
 
 def test_mesh_of_one_device():

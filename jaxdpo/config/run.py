@@ -57,6 +57,12 @@ class RunConfig(abc.ABC):
     remat: Remat | None = option(
         "what a layer keeps for the backward pass; by default as much as the device's memory allows", "compute", None
     )
+    mesh: str = option(
+        "how devices share rows and parameters: sizes of data, fsdp and tensor, as fsdp=4,tensor=2; auto splits the "
+        "parameters over as many as divide the model's width",
+        "compute",
+        "auto",
+    )
     seed: int = option("decides the order of the data, and with the step all else", "run", 0)
     save_every: int | None = option(
         "steps between checkpoints (the latest two are kept); by default a tenth of the run", "run", None

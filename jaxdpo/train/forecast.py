@@ -16,7 +16,7 @@ from jaxdpo.data.plan import StepPlan
 from jaxdpo.losses import LOSSES, LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.models.matmul import multiply
-from jaxdpo.sharding import batch_size_multiple
+from jaxdpo.sharding import batch_size_multiple, mesh_summary
 from jaxdpo.train.memory import device_memory, layout_bytes
 from jaxdpo.types import Batch
 
@@ -95,9 +95,10 @@ def print_forecast(
     work = flops * (BACKWARD[model.remat] * total + passes)
     seconds = work / (UTILISATION * measured_peak(str(model.multiplied_dtype)) * len(devices))
     device = next(iter(devices))
-    parts = batch_size_multiple(jax.tree.leaves(params)[0].sharding.mesh)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    parts = batch_size_multiple(mesh)
     activations, of = layout_bytes(model, layout, parts=parts), device_memory(device)
-    print(f"model      {size / 1e6:.1f} M parameters, {config.dtype}, on {len(devices)} device(s)")
+    print(f"model      {size / 1e6:.1f} M parameters, {config.dtype}, on {mesh_summary(mesh)}")
     print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"
     print(f"run        {total} steps of {pairs} {groups} in {per_step:.1f} microbatches; {config.objective}")

@@ -22,7 +22,7 @@ from jaxdpo.hf import hf_generation_config, load_config, load_hf, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
-from jaxdpo.sharding import batch_size_multiple, make_mesh
+from jaxdpo.sharding import batch_size_multiple, make_mesh, mesh_sizes
 from jaxdpo.train.checkpoint import tree_digests
 from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype, precision
 from jaxdpo.train.forecast import layout_costs, print_forecast
@@ -100,7 +100,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     Args:
       config: as claimed by `claim`.
       recipe: what is trained.
-      devices: where it will run. As many of them as divide the model's width split the parameters.
+      devices: where it will run.
     Raises:
       InputError: for whatever of it cannot be used.
     """
@@ -111,6 +111,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     source = resolve_model(config.model)
     print(f"model      {config.model}, from {source}")
     architecture = load_config(source, head=recipe.head)
+    mesh = mesh_of(config.mesh, devices, architecture)
     tokenizer = load_tokenizer(source)
     hf_generation_config(source)  # kept with the run: one that is damaged is found before anything is written
     shares = (config.data_shares, None)  # held-out data is seen as it is
@@ -119,7 +120,6 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
         check_fits(dataset, architecture)
     loss = recipe.choose_loss(config, [item.dataset for item in data])
 
-    mesh = mesh_of(devices, architecture)
     dtype = config.dtype or default_dtype(devices)
     compute_dtype, product_dtype = precision(dtype, devices)
     model, params = recipe.load(config, source, compute_dtype=compute_dtype, mesh=mesh)
@@ -170,9 +170,14 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     return Prepared(config, data, loss, source, tokenizer, model, params, layout, order, schedule, mesh, meta)
 
 
-def mesh_of(devices: Sequence[jax.Device], architecture: TransformerConfig) -> jax.sharding.Mesh:
-    """As many devices as divide the model's width split the parameters; the others repeat them."""
-    return make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
+def mesh_of(mesh: str, devices: Sequence[jax.Device], architecture: TransformerConfig) -> jax.sharding.Mesh:
+    """The mesh of `--mesh`; for auto as many devices as divide the model's width split the parameters."""
+    if mesh == "auto":
+        return make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
+    try:
+        return make_mesh(devices, **mesh_sizes(mesh))
+    except InputError as error:
+        raise InputError(f"--mesh {mesh}: {error}") from None
 
 
 def _state_bytes(config: RunConfig, params: dict, dataset: TokenizedDataset, layout: Layout, order: StepPlan) -> int:

@@ -34,6 +34,7 @@ MAY_DIFFER = frozenset(
         "report_to",
         "run_name",
         "remat",
+        "mesh",
         "precompute_ref_log_probs",
     }
 )

@@ -51,7 +51,7 @@ def score(config: ScoreConfig) -> None:
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source)
     devices = jax.devices()
-    mesh = mesh_of(devices, load_config(source, head="score"))
+    mesh = mesh_of("auto", devices, load_config(source, head="score"))
     with jax.set_mesh(mesh):
         compute_dtype, product_dtype = precision(config.dtype or default_dtype(devices), devices)
         decoder, params = load_reward_model(source, compute_dtype=compute_dtype, mesh=mesh)

@@ -324,6 +324,27 @@ def test_the_number_of_devices_changes_nothing_but_rounding(small, inputs, tmp_p
     assert_equal_but_for_rounding(timeless(tmp_path / "run"), timeless(small))
 
 
+def test_the_mesh_changes_nothing_but_rounding(small, inputs, tmp_path, capsys):
+    flags = "--batch-size 8 --max-steps 3 --learning-rate 1e-3 --warmup-steps 0 --mesh fsdp=2,tensor=2"
+    assert cli.main(inputs.command(tmp_path / "run", flags)) == 0
+    assert "on 8 device(s), data=2,fsdp=2,tensor=2" in capsys.readouterr().out
+    assert_equal_but_for_rounding(timeless(tmp_path / "run"), timeless(small))
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ("fsdp=3", "--mesh fsdp=3: fsdp=3 x tensor=1 does not divide 8 devices"),
+        ("rows=2", "--mesh rows=2: the mesh is 'rows=2'; allowed: auto, or sizes of data, fsdp, tensor"),
+        ("tensor=8", "is not divisible by the 'tensor' axis of 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(inputs, tmp_path, capsys, mesh, message):
+    assert cli.main(inputs.command(tmp_path / "run", f"--mesh {mesh}")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_program_of_a_run_is_compiled_once(inputs, tmp_path, caplog, monkeypatch):
     """Two epochs of steps with several microbatches and a last one with a single one, and with held-out data."""
     monkeypatch.setenv("JAXDPO_CACHE", str(tmp_path / "cache"))  # one that has no reference yet
