@@ -67,7 +67,9 @@ def test_round_trip_is_bitwise(opened, optimizer):
 
 def test_a_state_moves_to_other_devices(opened):
     state = make_state(3)
-    opened().save(state)
+    first = opened()
+    first.save(state)
+    first.wait()
     one = make_state(devices=jax.devices()[:1])
     checkpoints = opened()
     restored = checkpoints.restore(
