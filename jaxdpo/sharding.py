@@ -73,8 +73,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
     numbers = all(size.isascii() and size.isdecimal() and int(size) for size in sizes.values())
     if not numbers or len(sizes) < len(parts) or not set(sizes) <= set(MESH_AXES):
         raise InputError(
-            f"the mesh is {text!r}; allowed: auto, or sizes of {', '.join(MESH_AXES)}, each axis once, as "
-            "fsdp=4,tensor=2; the rest of the devices repeats that"
+            f"got {text!r}; allowed: auto, or sizes of {', '.join(MESH_AXES)}, each axis once, as fsdp=4,tensor=2; "
+            "the product of the sizes has to divide the number of devices"
         )
     return {axis: int(size) for axis, size in sizes.items()}
 

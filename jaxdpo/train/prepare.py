@@ -177,7 +177,7 @@ def mesh_of(mesh: str, devices: Sequence[jax.Device], architecture: TransformerC
     try:
         return make_mesh(devices, **mesh_sizes(mesh))
     except InputError as error:
-        raise InputError(f"--mesh {mesh}: {error}") from None
+        raise InputError(f"--mesh: {error}") from None
 
 
 def _state_bytes(config: RunConfig, params: dict, dataset: TokenizedDataset, layout: Layout, order: StepPlan) -> int:

@@ -39,7 +39,7 @@ from jaxdpo.types import Array, Batch
 
 AT_ONCE = 8
 """Microbatches that one call of a program adds up. What the program needs besides its gradients is allocated once per
-call: on CPUs fresh memory costs 4 to 7 % of the time of calls of one microbatch each."""
+call, and on CPUs fresh memory is a cost that shows."""
 FAMILIES = ("loss", "rewards", "logps")
 """What a row of metrics begins with."""
 
@@ -74,7 +74,8 @@ class StepPrograms(NamedTuple):
     """`(params) -> gradients` of zero, laid out like the parameters."""
     accumulate: Callable[..., tuple[dict, Metrics, jax.Array]]
     """`(params, grads, microbatches, number, counts, scalars) -> (grads, totals of metrics, group losses)` of the first
-    `number` of the `AT_ONCE` microbatches, which have one shape; donates `grads`."""
+    `number` of the `AT_ONCE` microbatches, which have one shape; the totals and losses are `[AT_ONCE, ...]`. Donates
+    `grads`."""
     apply: Callable[..., tuple[TrainState, Metrics]]
     """`(state, grads, totals of metrics, counts) -> (state, metrics)`; donates the state."""
     coupled: Coupled | None
@@ -190,14 +191,17 @@ def run_step(
         return state, as_floats(metrics), jax.device_get([losses])
     grads = programs.init(state.params)
     if programs.coupled is None:
-        reports = {}
+        calls = []
         for numbers in _calls(microbatches):
             of_call = [microbatches[i] for i in numbers]
             filled = of_call + of_call[-1:] * (AT_ONCE - len(of_call))
             grads, *report = programs.accumulate(state.params, grads, filled, len(numbers), counts, scalars)
+            calls.append((numbers, report))
+        reports = {}
+        for numbers, report in jax.device_get(calls):
             for n, i in enumerate(numbers):
                 reports[i] = jax.tree.map(operator.itemgetter(n), report)
-        in_order = jax.device_get([reports[i] for i in range(len(microbatches))])
+        in_order = [reports[i] for i in range(len(microbatches))]
         sums, per_group = joined_totals([metrics for metrics, _ in in_order]), [losses for _, losses in in_order]
     else:
         forward, couple, pull = programs.coupled

@@ -334,8 +334,8 @@ def test_the_mesh_changes_nothing_but_rounding(small, inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        ("fsdp=3", "--mesh fsdp=3: fsdp=3 x tensor=1 does not divide 8 devices"),
-        ("rows=2", "--mesh rows=2: the mesh is 'rows=2'; allowed: auto, or sizes of data, fsdp, tensor"),
+        ("fsdp=3", "--mesh: fsdp=3 x tensor=1 does not divide 8 devices"),
+        ("rows=2", "--mesh: got 'rows=2'; allowed: auto, or sizes of data, fsdp, tensor"),
         ("tensor=8", "is not divisible by the 'tensor' axis of 8 devices"),
     ],
 )
