@@ -4,13 +4,15 @@ Only the hidden states that predict a scored token ("slots") go through the LM h
 shape `[rows, length, vocab]` never exist. Log-sum-exp and sums are at least float32.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxdpo.models import Decoder
-from jaxdpo.models.matmul import linear
+from jaxdpo.models.matmul import multiply, multiply_transposed, wide_dtype
 from jaxdpo.sharding import constrain
 from jaxdpo.types import Array, Batch
 
@@ -81,34 +83,93 @@ def token_statistics(
     def split(x: Array) -> jax.Array:  # [rows, slots, ...] -> [chunks, rows, width, ...]
         return jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2)).reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
-    def chunk(head: jax.Array, states: jax.Array, target: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        flat = states.reshape(rows * width, -1)
-        logits = linear(flat, head, decoder.multiplied_dtype, 1, True).reshape(rows, width, -1)
-        logits = constrain(logits, "batch", None, "vocab")
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]  # [rows, width]
-        log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
-        constant = jax.lax.stop_gradient((logits, log_z))
-        return picked - log_z, {name: STATISTICS[name](*constant, target) for name in statistics}
-
-    @jax.checkpoint
-    def chunk_or_nothing(
-        head: jax.Array, states: jax.Array, target: jax.Array, used: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        zeros = jnp.zeros(target.shape, jnp.promote_types(states.dtype, jnp.float32))
-        nothing = zeros, dict.fromkeys(statistics, zeros)
-        # Slots fill rows from their start, so the last chunks of most batches are empty: half of the head's work on HH.
-        return jax.lax.cond(used.any(), lambda: chunk(head, states, target), lambda: nothing)
-
-    states = constrain(jnp.take_along_axis(hidden, batch.slot_source[..., None], axis=1), "batch", None, None)
-    of_chunks = split(states), split(batch.slot_target), split(scored)
-    _, chunked = jax.lax.scan(
-        lambda carry, inputs: (carry, chunk_or_nothing(head, *inputs)), None, of_chunks
-    )  # [chunks, rows, width] each
-
     def join(x: jax.Array) -> jax.Array:  # [chunks, rows, width] -> [rows, slots]
         return jnp.where(scored, x.swapaxes(0, 1).reshape(rows, chunks * width)[:, :slots], 0.0)
 
-    return jax.tree.map(join, chunked)
+    states = constrain(jnp.take_along_axis(hidden, batch.slot_source[..., None], axis=1), "batch", None, None)
+    # Slots fill rows from their start, so the last chunks of most batches are empty: half of the head's work on HH.
+    last = jnp.where(scored, jnp.arange(slots), -1).max()
+    of_chunks = _through_head(
+        decoder.multiplied_dtype, tuple(statistics), head, split(states), split(batch.slot_target), last // width + 1
+    )
+    return jax.tree.map(join, of_chunks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _through_head(
+    dtype: jnp.dtype,
+    statistics: tuple[str, ...],
+    head: jax.Array,
+    states: jax.Array,
+    target: jax.Array,
+    used: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Log-probs and statistics of chunks of slots.
+
+    The backward pass computes logits again: it writes an array of their size once, and none waits for it.
+
+    Args:
+      dtype: of the factors of matrix products.
+      statistics: names in `STATISTICS`.
+      head: `[vocab, embed]`.
+      states: `[chunks, rows, width, embed]`.
+      target: int `[chunks, rows, width]`.
+      used: how many chunks, the first ones, are computed; the others get 0.
+    Returns:
+      `[chunks, rows, width]` each; gradients are those of the log-probs.
+    """
+    return _head_forward(dtype, statistics, head, states, target, used)[0]
+
+
+def _logits(head: jax.Array, states: jax.Array) -> jax.Array:
+    """`[rows, width, vocab]` of states `[rows, width, embed]`, at least float32; factors have the dtype of the head."""
+    logits = multiply(states.reshape(-1, states.shape[-1]).astype(head.dtype), head, (1, 1))
+    return constrain(logits.astype(wide_dtype(states.dtype)).reshape(*states.shape[:2], -1), "batch", None, "vocab")
+
+
+def _head_forward(
+    dtype: jnp.dtype,
+    statistics: tuple[str, ...],
+    head: jax.Array,
+    states: jax.Array,
+    target: jax.Array,
+    used: jax.Array,
+) -> tuple:
+    rounded = head.astype(dtype)
+
+    def add(i: jax.Array, done: tuple) -> tuple:
+        logits = _logits(rounded, states[i])
+        picked = jnp.take_along_axis(logits, target[i][..., None], axis=-1)[..., 0]  # [rows, width]
+        log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
+        more = picked - log_z, log_z, {name: STATISTICS[name](logits, log_z, target[i]) for name in statistics}
+        return jax.tree.map(lambda x, of_chunk: x.at[i].set(of_chunk), done, more)
+
+    zeros = jnp.zeros(target.shape, wide_dtype(states.dtype))
+    logps, log_z, of_statistics = lax.fori_loop(0, used, add, (zeros, zeros, dict.fromkeys(statistics, zeros)))
+    return (logps, of_statistics), (head, states, target, used, log_z)
+
+
+def _head_backward(dtype: jnp.dtype, statistics: tuple[str, ...], kept: tuple, grads: tuple) -> tuple:
+    del statistics
+    head, states, target, used, log_z = kept
+    rounded = head.astype(dtype)
+
+    def add(i: jax.Array, done: tuple) -> tuple:
+        of_head, of_states = done
+        logits = _logits(rounded, states[i])
+        hit = lax.broadcasted_iota(target.dtype, logits.shape, 2) == target[i][..., None]
+        of_logits = grads[0][i][..., None] * (hit - jnp.exp(logits - log_z[i][..., None]))
+        of_logits = of_logits.reshape(-1, len(head)).astype(dtype)
+        of_chunk = multiply(of_logits, rounded).reshape(states.shape[1:]).astype(states.dtype)
+        more = multiply_transposed(of_logits, states[i].reshape(-1, states.shape[-1]), dtype)
+        return of_head + more, of_states.at[i].set(of_chunk)
+
+    nothing = jnp.zeros(head.shape, wide_dtype(head.dtype)), jnp.zeros_like(states)
+    of_head, of_states = lax.fori_loop(0, used, add, nothing)
+    return of_head.astype(head.dtype), of_states, None, None
+
+
+_through_head.defvjp(_head_forward, _head_backward)
 
 
 def sequence_logps(token_logps: Array, batch: Batch, *, tail_weight: Array | float | None = None) -> jax.Array:

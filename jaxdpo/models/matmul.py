@@ -30,33 +30,28 @@ def multiply(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> 
     )  # [size of the other axis of x, that of y]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int = 0, wide: bool = False) -> jax.Array:
-    """`x @ kernel`, or `x @ kernel.T`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x @ kernel`.
 
     Args:
       x: `[tokens, inputs]`.
       kernel: `[inputs, outputs]`, its gradient is summed in at least float32.
       dtype: what the factors of the product, and of those in the backward pass, are rounded to.
-      axis: 1 for a kernel of `[outputs, inputs]`.
-      wide: whether the output is at least float32; otherwise it has the dtype of `x`.
     Returns:
-      `[tokens, outputs]`.
+      `[tokens, outputs]`, dtype of `x`.
     """
-    return _linear(x, kernel, dtype, axis, wide)[0]
+    return _linear(x, kernel, dtype)[0]
 
 
-def _linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int, wide: bool) -> tuple:
-    out = multiply(x.astype(dtype), kernel.astype(dtype), (1, axis))
-    return out.astype(wide_dtype(x.dtype) if wide else x.dtype), (x, kernel)
+def _linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple:
+    return multiply(x.astype(dtype), kernel.astype(dtype)).astype(x.dtype), (x, kernel)
 
 
-def _linear_gradients(dtype: jnp.dtype, axis: int, wide: bool, kept: tuple, grad: jax.Array) -> tuple:
-    del wide
+def _linear_gradients(dtype: jnp.dtype, kept: tuple, grad: jax.Array) -> tuple:
     x, kernel = kept
-    of_x = multiply(grad.astype(dtype), kernel.astype(dtype), (1, 1 - axis)).astype(x.dtype)
-    first, second = (x, grad) if axis == 0 else (grad, x)
-    return of_x, multiply_transposed(first, second, dtype).astype(kernel.dtype)
+    of_x = multiply(grad.astype(dtype), kernel.astype(dtype), (1, 1)).astype(x.dtype)
+    return of_x, multiply_transposed(x, grad, dtype).astype(kernel.dtype)
 
 
 linear.defvjp(_linear, _linear_gradients)
@@ -68,10 +63,15 @@ def multiply_transposed(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Arr
     def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
         return multiply(x.astype(dtype), y.astype(dtype), (0, 0))
 
+    def in_order(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = (z.astype(dtype).reshape(2, -1, z.shape[1]) for z in (x, y))
+        return lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+
     def exact(x: jax.Array, y: jax.Array) -> jax.Array:
         return multiply(x.astype(jnp.float32), y.astype(jnp.float32), (0, 0))
 
     if jnp.dtype(dtype) != jnp.bfloat16:
         return rounded(x, y)
-    # XLA's CPU has no bfloat16 kernel for it; asked for one it converts, or fails with "unsupported element type".
-    return jax.lax.platform_dependent(x, y, cpu=exact, default=rounded)
+    # XLA's CPU has a bfloat16 kernel for factors in the order of `x @ y`. A product over two axes it brings into that
+    # order; one over the first axes it converts to float32, or fails with "unsupported element type".
+    return lax.platform_dependent(x, y, cpu=exact if len(x) % 2 else in_order, default=rounded)
