@@ -5,6 +5,7 @@ shape `[rows, length, vocab]` never exist. Log-sum-exp and sums are at least flo
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 
 from jaxdpo.models import Decoder
 from jaxdpo.models.matmul import multiply, multiply_transposed, wide_dtype
-from jaxdpo.sharding import constrain
+from jaxdpo.sharding import constrain, rows_apart
 from jaxdpo.types import Array, Batch
 
 SLOT_CHUNK = 128
@@ -74,24 +75,32 @@ def token_statistics(
     """
     hidden = decoder.hidden(params, batch)  # [rows, length, embed]
     head = constrain(decoder.head(params), "vocab", None)  # gathered over fsdp once, outside the chunk loop
-    scored = batch.slot_owner < batch.candidate_mask.shape[1] * batch.candidate_mask.shape[2]  # [rows, slots]
+    scored = batch.slot_owner < batch.candidate_mask.shape[1] * batch.candidate_mask.shape[2]
     rows, slots = scored.shape
+    parts = math.gcd(rows, rows_apart())
+    together = rows // parts  # rows whose slots pass the head as one list, those in use first
     chunks = -(-slots // SLOT_CHUNK)
-    width = -(-slots // chunks)
-    pad = ((0, 0), (0, chunks * width - slots))
+    width = -(-slots // chunks) * together
 
-    def split(x: Array) -> jax.Array:  # [rows, slots, ...] -> [chunks, rows, width, ...]
-        return jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2)).reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
+    def gather(x: Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x.reshape(parts, -1, *x.shape[2:]), places, axis=1)
 
-    def join(x: jax.Array) -> jax.Array:  # [chunks, rows, width] -> [rows, slots]
-        return jnp.where(scored, x.swapaxes(0, 1).reshape(rows, chunks * width)[:, :slots], 0.0)
+    def split(x: jax.Array) -> jax.Array:  # [parts, slots, ...] -> [chunks, parts, width, ...]
+        pad = ((0, 0), (0, chunks * width - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
+        return jnp.pad(x, pad).reshape(parts, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
-    states = constrain(jnp.take_along_axis(hidden, batch.slot_source[..., None], axis=1), "batch", None, None)
-    # Slots fill rows from their start, so the last chunks of most batches are empty: half of the head's work on HH.
-    last = jnp.where(scored, jnp.arange(slots), -1).max()
+    order = jnp.argsort(~scored.reshape(parts, -1), axis=1, stable=True)  # [parts, together * slots]
+    source = batch.slot_source + hidden.shape[1] * (jnp.arange(rows) % together)[:, None]  # in the rows of its part
+    states = constrain(gather(hidden, gather(source, order)[..., None]), "batch", None, None)
+    used = -(-scored.reshape(parts, -1).sum(axis=1).max() // width)
     of_chunks = _through_head(
-        decoder.multiplied_dtype, tuple(statistics), head, split(states), split(batch.slot_target), last // width + 1
+        decoder.multiplied_dtype, tuple(statistics), head, split(states), split(gather(batch.slot_target, order)), used
     )
+
+    def join(x: jax.Array) -> jax.Array:  # [chunks, parts, width] -> [rows, slots]
+        x = jnp.take_along_axis(x.swapaxes(0, 1).reshape(parts, -1), jnp.argsort(order, axis=1), axis=1)
+        return jnp.where(scored, x.reshape(rows, slots), 0.0)
+
     return jax.tree.map(join, of_chunks)
 
 
@@ -112,17 +121,17 @@ def _through_head(
       dtype: of the factors of matrix products.
       statistics: names in `STATISTICS`.
       head: `[vocab, embed]`.
-      states: `[chunks, rows, width, embed]`.
-      target: int `[chunks, rows, width]`.
+      states: `[chunks, parts, width, embed]`; `parts` are split over the devices like rows.
+      target: int `[chunks, parts, width]`.
       used: how many chunks, the first ones, are computed; the others get 0.
     Returns:
-      `[chunks, rows, width]` each; gradients are those of the log-probs.
+      `[chunks, parts, width]` each; gradients are those of the log-probs.
     """
     return _head_forward(dtype, statistics, head, states, target, used)[0]
 
 
 def _logits(head: jax.Array, states: jax.Array) -> jax.Array:
-    """`[rows, width, vocab]` of states `[rows, width, embed]`, at least float32; factors have the dtype of the head."""
+    """`[parts, width, vocab]` of states `[parts, width, embed]`, at least float32; factors as the head is."""
     logits = multiply(states.reshape(-1, states.shape[-1]).astype(head.dtype), head, (1, 1))
     return constrain(logits.astype(wide_dtype(states.dtype)).reshape(*states.shape[:2], -1), "batch", None, "vocab")
 
@@ -139,8 +148,8 @@ def _head_forward(
 
     def add(i: jax.Array, done: tuple) -> tuple:
         logits = _logits(rounded, states[i])
-        picked = jnp.take_along_axis(logits, target[i][..., None], axis=-1)[..., 0]  # [rows, width]
-        log_z = jax.nn.logsumexp(logits, axis=-1)  # [rows, width]
+        picked = jnp.take_along_axis(logits, target[i][..., None], axis=-1)[..., 0]  # [parts, width]
+        log_z = jax.nn.logsumexp(logits, axis=-1)  # [parts, width]
         more = picked - log_z, log_z, {name: STATISTICS[name](logits, log_z, target[i]) for name in statistics}
         return jax.tree.map(lambda x, of_chunk: x.at[i].set(of_chunk), done, more)
 

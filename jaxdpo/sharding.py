@@ -85,7 +85,7 @@ def mesh_summary(mesh: jax.sharding.Mesh) -> str:
     return f"{mesh.size} device(s)" + (f", {','.join(axes)}" if axes else "")
 
 
-def batch_size_multiple(mesh: jax.sharding.Mesh) -> int:
+def batch_size_multiple(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Number of devices that the rows of a batch are split over; rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -113,6 +113,12 @@ def named_sharding(
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """Sharding of an array that every device holds whole."""
     return jax.sharding.NamedSharding(mesh, jax.P())
+
+
+def rows_apart() -> int:
+    """Number of devices that rows are split over inside jit: `batch_size_multiple` of the mesh that is set, or 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_size_multiple(mesh)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
