@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxdpo.models import Decoder
 from jaxdpo.models.matmul import multiply, multiply_transposed, wide_dtype
-from jaxdpo.sharding import constrain, rows_apart
+from jaxdpo.sharding import constrain, lengths_apart, rows_apart
 from jaxdpo.types import Array, Batch
 
 SLOT_CHUNK = 128
@@ -73,33 +73,39 @@ def token_statistics(
     Returns:
       The log-probs and, by name, the statistics: `[rows, slots]` each, at least float32; 0 in empty slots.
     """
-    hidden = decoder.hidden(params, batch)  # [rows, length, embed]
+    # Whole rows: slots are anywhere in them.
+    hidden = constrain(decoder.hidden(params, batch), "batch", None, None)  # [rows, length, embed]
     head = constrain(decoder.head(params), "vocab", None)  # gathered over fsdp once, outside the chunk loop
     scored = batch.slot_owner < batch.candidate_mask.shape[1] * batch.candidate_mask.shape[2]
     rows, slots = scored.shape
-    parts = math.gcd(rows, rows_apart())
-    together = rows // parts  # rows whose slots pass the head as one list, those in use first
+    parts, apart = math.gcd(rows, rows_apart()), lengths_apart()
+    together = rows // parts  # rows whose slots are one list, those in use first, dealt to the devices that share a row
     chunks = -(-slots // SLOT_CHUNK)
-    width = -(-slots // chunks) * together
+    width = -(-together * slots // (chunks * apart))
+    total = chunks * width * apart
 
-    def gather(x: Array, places: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x.reshape(parts, -1, *x.shape[2:]), places, axis=1)
+    def listed(x: Array) -> jax.Array:  # [rows, slots] -> [parts, total]
+        return jnp.pad(x.reshape(parts, -1), ((0, 0), (0, total - together * slots)))
 
-    def split(x: jax.Array) -> jax.Array:  # [parts, slots, ...] -> [chunks, parts, width, ...]
-        pad = ((0, 0), (0, chunks * width - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
-        return jnp.pad(x, pad).reshape(parts, chunks, width, *x.shape[2:]).swapaxes(0, 1)
+    def gather(x: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, places, axis=1)
 
-    order = jnp.argsort(~scored.reshape(parts, -1), axis=1, stable=True)  # [parts, together * slots]
+    def split(x: jax.Array) -> jax.Array:  # [parts, total, ...] -> [chunks, parts * apart, width, ...]
+        x = x.reshape(parts, chunks, width, apart, *x.shape[2:])
+        x = jnp.moveaxis(x, (1, 3), (0, 2)).reshape(chunks, parts * apart, width, *x.shape[4:])
+        return constrain(x, None, "slots", *(None,) * (x.ndim - 2))
+
+    order = jnp.argsort(~listed(scored), axis=1, stable=True)  # [parts, total]
     source = batch.slot_source + hidden.shape[1] * (jnp.arange(rows) % together)[:, None]  # in the rows of its part
-    states = constrain(gather(hidden, gather(source, order)[..., None]), "batch", None, None)
-    used = -(-scored.reshape(parts, -1).sum(axis=1).max() // width)
-    of_chunks = _through_head(
-        decoder.multiplied_dtype, tuple(statistics), head, split(states), split(gather(batch.slot_target, order)), used
-    )
+    states = gather(hidden.reshape(parts, -1, hidden.shape[-1]), gather(listed(source), order)[..., None])
+    used = -(-scored.reshape(parts, -1).sum(axis=1).max() // (width * apart))
+    target = split(gather(listed(batch.slot_target), order))
+    of_chunks = _through_head(decoder.multiplied_dtype, tuple(statistics), head, split(states), target, used)
 
-    def join(x: jax.Array) -> jax.Array:  # [chunks, parts, width] -> [rows, slots]
-        x = jnp.take_along_axis(x.swapaxes(0, 1).reshape(parts, -1), jnp.argsort(order, axis=1), axis=1)
-        return jnp.where(scored, x.reshape(rows, slots), 0.0)
+    def join(x: jax.Array) -> jax.Array:  # [chunks, parts * apart, width] -> [rows, slots]
+        x = jnp.moveaxis(x.reshape(chunks, parts, apart, width), (0, 2), (1, 3)).reshape(parts, total)
+        x = gather(x, jnp.argsort(order, axis=1))[:, : together * slots].reshape(rows, slots)
+        return jnp.where(scored, constrain(x, "batch", None), 0.0)
 
     return jax.tree.map(join, of_chunks)
 
@@ -121,7 +127,7 @@ def _through_head(
       dtype: of the factors of matrix products.
       statistics: names in `STATISTICS`.
       head: `[vocab, embed]`.
-      states: `[chunks, parts, width, embed]`; `parts` are split over the devices like rows.
+      states: `[chunks, parts, width, embed]`, one part for each device.
       target: int `[chunks, parts, width]`.
       used: how many chunks, the first ones, are computed; the others get 0.
     Returns:
@@ -133,7 +139,7 @@ def _through_head(
 def _logits(head: jax.Array, states: jax.Array) -> jax.Array:
     """`[parts, width, vocab]` of states `[parts, width, embed]`, at least float32; factors as the head is."""
     logits = multiply(states.reshape(-1, states.shape[-1]).astype(head.dtype), head, (1, 1))
-    return constrain(logits.astype(wide_dtype(states.dtype)).reshape(*states.shape[:2], -1), "batch", None, "vocab")
+    return constrain(logits.astype(wide_dtype(states.dtype)).reshape(*states.shape[:2], -1), "slots", None, "vocab")
 
 
 def _head_forward(
@@ -168,14 +174,16 @@ def _head_backward(dtype: jnp.dtype, statistics: tuple[str, ...], kept: tuple, g
         logits = _logits(rounded, states[i])
         hit = lax.broadcasted_iota(target.dtype, logits.shape, 2) == target[i][..., None]
         of_logits = grads[0][i][..., None] * (hit - jnp.exp(logits - log_z[i][..., None]))
-        of_logits = of_logits.reshape(-1, len(head)).astype(dtype)
-        of_chunk = multiply(of_logits, rounded).reshape(states.shape[1:]).astype(states.dtype)
-        more = multiply_transposed(of_logits, states[i].reshape(-1, states.shape[-1]), dtype)
-        return of_head + more, of_states.at[i].set(of_chunk)
+        of_logits = constrain(of_logits.astype(dtype), "slots", None, "vocab")
+        flat = of_logits.reshape(-1, len(head))
+        of_chunk = multiply(flat, rounded).reshape(states.shape[1:]).astype(states.dtype)
+        return of_head + by_part(of_logits, states[i]), of_states.at[i].set(of_chunk)
 
-    nothing = jnp.zeros(head.shape, wide_dtype(head.dtype)), jnp.zeros_like(states)
-    of_head, of_states = lax.fori_loop(0, used, add, nothing)
-    return of_head.astype(head.dtype), of_states, None, None
+    # Every device sums up its own part: one reduction behind the loop instead of one for each chunk.
+    by_part = jax.vmap(lambda x, y: multiply_transposed(x, y, dtype))
+    zeros = jnp.zeros((states.shape[1], *head.shape), wide_dtype(head.dtype))
+    of_head, of_states = lax.fori_loop(0, used, add, (constrain(zeros, "slots", "vocab", None), jnp.zeros_like(states)))
+    return of_head.sum(axis=0).astype(head.dtype), of_states, None, None
 
 
 _through_head.defvjp(_head_forward, _head_backward)

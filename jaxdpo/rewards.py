@@ -66,7 +66,7 @@ def last_states(decoder: Decoder, params: dict, batch: Batch) -> jax.Array:
     Returns:
       `[rows, groups, candidates, embed]`, at least float32; arbitrary finite numbers for an absent candidate.
     """
-    states = decoder.hidden(params, batch)  # [rows, length, embed]
+    states = constrain(decoder.hidden(params, batch), "batch", None, None)  # [rows, length, embed]
     index = _read_at(batch, decoder.config.pad_token_id)  # [rows, groups, candidates]
     shape = index.shape
     states = jnp.take_along_axis(states, index.reshape(shape[0], -1, 1), axis=1)  # [rows, groups * candidates, embed]

@@ -1,8 +1,8 @@
 """Where arrays live: the mesh, the one table from logical axes to mesh axes, and shardings derived from it.
 
-This is the only file that names mesh axes. Parameters carry logical axis names; `AXIS_RULES` says which mesh axis each
-is split over. `data` and `fsdp` both split the batch; `fsdp` splits parameters along `embed` as well, `tensor` along
-heads, mlp and vocabulary.
+This is the only file that names mesh axes. Parameters and activations carry logical axis names; `AXIS_RULES` says which
+mesh axes each is split over. `data` and `fsdp` split the rows of a batch and `context` their length; `fsdp` and
+`context` split parameters along `embed` as well, `tensor` along heads, mlp and vocabulary.
 """
 
 import functools
@@ -13,16 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 
 from jaxdpo.types import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,  # activations: rows
+    "length": "context",  # activations: tokens of a row
+    "slots": (*BATCH_AXES, "context"),  # activations: lists of scored tokens, one for each device
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": None,  # replicated: few, and rarely a multiple of the tensor axis
     "mlp": "tensor",
@@ -34,22 +37,31 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    devices: Sequence[jax.Device] | None = None, *, data: int | None = None, fsdp: int | None = None, tensor: int = 1
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    data: int | None = None,
+    fsdp: int | None = None,
+    tensor: int = 1,
+    context: int = 1,
 ) -> jax.sharding.Mesh:
-    """Mesh of axes `(data, fsdp, tensor)` over the devices, all on `fsdp` unless told otherwise.
+    """Mesh of axes `(data, fsdp, tensor, context)` over the devices, all on `fsdp` unless told otherwise.
 
     Args:
       devices: the devices to use; all of this process's platform by default.
-      data: copies of the parameters; by default as many as `fsdp` and `tensor` leave, which is one without `fsdp`.
-      fsdp: devices that share one copy of the parameters; by default all that `data` and `tensor` leave.
+      data: copies of the parameters; by default as many as the other axes leave, which is one for each slice without
+        `fsdp`. The only axis that goes over several slices.
+      fsdp: groups of rows that share one copy of the parameters; by default as many as the other axes leave of a slice.
       tensor: devices that share one row's heads, mlp and vocabulary.
+      context: devices that share one row's length, and one copy of the parameters with those of `fsdp`.
     Raises:
-      InputError: if the sizes do not divide the number of devices, or all are given and leave some of them out.
+      InputError: if the sizes do not divide the number of devices, all are given and leave some of them out, or `data`
+        is not a multiple of the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    stated = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    stated = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     sizes = {axis: size for axis, size in stated.items() if size is not None}
-    taken, text = math.prod(sizes.values()), " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    taken = math.prod(sizes.values())
+    text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "one device"
     if min(sizes.values()) < 1 or len(devices) % taken:
         raise InputError(
             f"{text} does not divide {len(devices)} devices; "
@@ -57,9 +69,31 @@ def make_mesh(
         )
     if len(sizes) == len(stated) and taken != len(devices):
         raise InputError(f"{text} takes {taken} of {len(devices)} devices; allowed: all of them")
-    rest = len(devices) // taken
-    grid = np.asarray(devices).reshape(-1, rest if fsdp is None else fsdp, tensor)
-    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    if fsdp is None:
+        fsdp = max(1, len(devices) // taken // (num_slices(devices) if data is None else 1))
+    grid = _grid(devices, (len(devices) // (fsdp * tensor * context), fsdp, tensor, context))
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Number of TPU slices that devices belong to, which a network connects; 1 on other platforms."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
+
+
+def _grid(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape of a mesh; on TPUs neighbours in the mesh are neighbours in a slice."""
+    if num_slices(devices) > 1:
+        slices = num_slices(devices)
+        if shape[0] % slices:
+            raise InputError(
+                f"data={shape[0]} on {slices} slices; allowed: multiples of {slices}, so that nothing but gradients "
+                "passes between slices"
+            )
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * len(shape[1:]))
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -83,6 +117,11 @@ def mesh_summary(mesh: jax.sharding.Mesh) -> str:
     """The devices and the axes that are more than one wide, for people."""
     axes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
     return f"{mesh.size} device(s)" + (f", {','.join(axes)}" if axes else "")
+
+
+def tokens_apart(mesh: jax.sharding.Mesh) -> int:
+    """Number of devices that the tokens of a batch are split over: its rows, and their length."""
+    return batch_size_multiple(mesh) * mesh.shape[AXIS_RULES["length"]]
 
 
 def batch_size_multiple(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
@@ -115,10 +154,22 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.P())
 
 
+def length_multiple(mesh: jax.sharding.Mesh) -> int:
+    """What row lengths have to be a multiple of: blocks of 128 for each of the devices that share a row."""
+    apart = mesh.shape[AXIS_RULES["length"]]
+    return 128 * apart if apart > 1 else 1
+
+
 def rows_apart() -> int:
     """Number of devices that rows are split over inside jit: `batch_size_multiple` of the mesh that is set, or 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_size_multiple(mesh)
+
+
+def lengths_apart() -> int:
+    """Number of devices that the length of a row is split over inside jit; row lengths must be a multiple of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[AXIS_RULES["length"]]
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -133,25 +184,30 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Attention on each device's own rows and heads, for code that XLA cannot split by itself; as it is without a mesh.
+    """Attention on each device's own queries and heads, for code that XLA cannot split by itself.
 
     Args:
-      attend: `(q [rows, length, heads, head_dim], k [rows, length, kv_heads, head_dim], v, of_rows) -> as q`, where
-        `of_rows` is a pytree of arrays whose first axis is rows.
+      attend: `(q [rows, queries, heads, head_dim], k [rows, length, kv_heads, head_dim], v, of_rows, first) -> as q`,
+        where `of_rows` is a pytree of arrays whose first axis is rows and `first` the index of the first query.
     Returns:
-      The same function of whole arrays. Key/value heads that the mesh does not divide are repeated until it does.
+      `(q, k, v, of_rows) -> as q` of whole arrays: the function itself, from query 0, without a mesh. Key/value heads
+      that the mesh does not divide are repeated until it does.
     """
 
     def mapped(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: Any) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return attend(q, k, v, of_rows)
-        spec, rows = partition_spec(("batch", None, "heads", None)), partition_spec(("batch",))
+            return attend(q, k, v, of_rows, jnp.zeros((), jnp.int32))
+        queries, keys = (partition_spec(("batch", length, "heads", None)) for length in ("length", None))
         parts = mesh.shape[AXIS_RULES["heads"]]
         if k.shape[2] % parts:
             k, v = (jnp.repeat(x, parts // math.gcd(k.shape[2], parts), axis=2) for x in (k, v))
-        local = jax.shard_map(attend, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
-        return local(q, k, v, of_rows)
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: Any) -> jax.Array:
+            return attend(q, k, v, of_rows, jax.lax.axis_index(AXIS_RULES["length"]) * q.shape[1])
+
+        specs = (queries, keys, keys, partition_spec(("batch",)))
+        return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, of_rows)
 
     return mapped
 

@@ -15,6 +15,8 @@ QUICK = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")  # gone in 0.12, where an unknown flag ends the process
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+# Tests compile for TPUs and use none: two processes that do so need not wait for each other.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -11,10 +11,10 @@ import pytest
 from jaxdpo.models import abstract_params, logical_axes
 from jaxdpo.sharding import (
     AXIS_RULES,
-    BATCH_AXES,
     MESH_AXES,
     batch_size_multiple,
     constrain,
+    length_multiple,
     make_mesh,
     mesh_sizes,
     mesh_summary,
@@ -22,6 +22,7 @@ from jaxdpo.sharding import (
     partition_spec,
     place_batch,
     replicated,
+    tokens_apart,
 )
 from jaxdpo.train.optimizer import OPTIMIZERS
 from jaxdpo.train.state import init_state
@@ -35,25 +36,29 @@ DIVISIBLE = dataclasses.replace(tiny.LLAMA, vocab_size=64)
 @pytest.mark.parametrize(
     "options, shape",
     [
-        ({}, (1, 8, 1)),
-        ({"tensor": 2}, (1, 4, 2)),
-        ({"fsdp": 2}, (4, 2, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"fsdp": 1, "tensor": 8}, (1, 1, 8)),
-        ({"data": 2}, (2, 4, 1)),
-        ({"data": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 4, "fsdp": 2}, (4, 2, 1)),
+        ({}, (1, 8, 1, 1)),
+        ({"tensor": 2}, (1, 4, 2, 1)),
+        ({"fsdp": 2}, (4, 2, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2, 1)),
+        ({"fsdp": 1, "tensor": 8}, (1, 1, 8, 1)),
+        ({"data": 2}, (2, 4, 1, 1)),
+        ({"data": 2, "tensor": 2}, (2, 2, 2, 1)),
+        ({"data": 4, "fsdp": 2}, (4, 2, 1, 1)),
+        ({"context": 4}, (1, 2, 1, 4)),
+        ({"data": 2, "tensor": 2, "context": 2}, (2, 1, 2, 2)),
     ],
 )
 def test_mesh_takes_all_devices(options, shape):
     mesh = make_mesh(**options)
     assert dict(mesh.shape) == dict(zip(MESH_AXES, shape, strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
-    assert batch_size_multiple(mesh) == 8 // mesh.shape["tensor"]
+    assert tokens_apart(mesh) == 8 // mesh.shape["tensor"]
+    assert batch_size_multiple(mesh) == tokens_apart(mesh) // mesh.shape["context"]
+    assert length_multiple(mesh) == {1: 1, 2: 256, 4: 512}[mesh.shape["context"]]
 
 
 def test_a_mesh_that_leaves_devices_out_is_refused():
-    with pytest.raises(InputError, match="data=2 x fsdp=2 x tensor=1 takes 4 of 8 devices; allowed: all of them"):
+    with pytest.raises(InputError, match="data=2 x fsdp=2 takes 4 of 8 devices; allowed: all of them"):
         make_mesh(data=2, fsdp=2)
 
 
@@ -64,7 +69,7 @@ def test_sizes_are_read(text, sizes):
 
 @pytest.mark.parametrize("text", ["", "fsdp", "fsdp=", "fsdp=0", "fsdp=-1", "fsdp=2.0", "rows=2", "fsdp=2,fsdp=4", "4"])
 def test_a_mesh_that_is_none_is_refused(text):
-    with pytest.raises(InputError, match="allowed: auto, or sizes of data, fsdp, tensor, each axis once"):
+    with pytest.raises(InputError, match="allowed: auto, or sizes of data, fsdp, tensor, context, each axis once"):
         mesh_sizes(text)
 
 
@@ -75,7 +80,7 @@ def test_a_mesh_is_told_by_its_wide_axes():
 
 def test_mesh_of_one_device():
     mesh = make_mesh(jax.devices()[3:4])
-    assert mesh.devices.tolist() == [[[jax.devices()[3]]]]
+    assert mesh.devices.tolist() == [[[[jax.devices()[3]]]]]
     assert batch_size_multiple(mesh) == 1
 
 
@@ -89,7 +94,7 @@ def test_mesh_that_does_not_divide_the_devices_is_refused(options):
 
 def test_rules_name_axes_of_the_mesh_only():
     for axes in AXIS_RULES.values():
-        assert {axes} - {None} <= {*MESH_AXES, BATCH_AXES}
+        assert {*(axes if isinstance(axes, tuple) else (axes,))} - {None} <= set(MESH_AXES)
 
 
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2])
@@ -99,7 +104,7 @@ def test_every_logical_axis_of_a_model_has_a_rule(config):
 
 
 def test_partition_spec_follows_the_rules():
-    assert partition_spec(("layers", "embed", "heads", "head_dim")) == jax.P(None, "fsdp", "tensor", None)
+    assert partition_spec(("layers", "embed", "heads", "head_dim")) == jax.P(None, ("fsdp", "context"), "tensor", None)
     assert partition_spec(("batch", None, "vocab")) == jax.P(("data", "fsdp"), None, "tensor")
     with pytest.raises(KeyError, match="embd"):
         partition_spec(("embd",))
@@ -111,7 +116,7 @@ def test_partition_spec_follows_the_rules():
         (
             ("vocab", "embed"),
             (64, 6),
-            r"embed=6 is not divisible by the 'fsdp' axis of 4 devices; allowed: \[1, 2, 3, 6\]",
+            r"embed=6 is not divisible by the \('fsdp', 'context'\) axis of 4 devices; allowed: \[1, 2, 3, 6\]",
         ),
         (
             ("vocab", "embed"),
@@ -132,20 +137,22 @@ def test_a_size_that_does_not_divide_names_those_that_do(axes, shape, message):
 
 def test_a_model_that_does_not_divide_is_refused():
     with pytest.raises(
-        InputError, match=r"embed=18 is not divisible by the 'fsdp' axis of 8 devices; allowed: \[1, 2, 3"
+        InputError,
+        match=r"embed=18 is not divisible by the \('fsdp', 'context'\) axis of 8 devices; allowed: \[1, 2, 3",
     ):
         abstract_params(tiny.decoder(dataclasses.replace(tiny.LLAMA, embed_dim=18)), make_mesh())
 
 
 def expected_bytes(leaf, names, mesh) -> int:
     """What one device holds of an array with these logical axes."""
-    ways = math.prod(mesh.shape[AXIS_RULES[name]] for name in names if AXIS_RULES[name] is not None)
-    return leaf.nbytes // ways
+    axes = jax.tree.leaves([AXIS_RULES[name] for name in names])
+    return leaf.nbytes // math.prod(mesh.shape[axis] for axis in axes)
 
 
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"context": 4}], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_parameters_and_optimizer_state_are_really_split(optimizer):
-    mesh = make_mesh(tensor=2)
+def test_parameters_and_optimizer_state_are_really_split(optimizer, sizes):
+    mesh = make_mesh(**sizes)
     decoder = tiny.decoder(DIVISIBLE)
     state = init_state(tiny.params(decoder, mesh), OPTIMIZERS[optimizer](optax.constant_schedule(1.0)), mesh)
     axes = logical_axes(decoder)
@@ -161,7 +168,7 @@ def test_parameters_and_optimizer_state_are_really_split(optimizer):
     assert len(moments) == {"rmsprop": 1, "adamw": 2}[optimizer]
     for moment in moments:
         jax.tree.map(check, moment, axes)
-    largest = state.params["blocks"]["mlp"]["up"]["kernel"]  # [layers, embed, mlp], split 4 x 2 ways
+    largest = state.params["blocks"]["mlp"]["up"]["kernel"]  # [layers, embed, mlp], split 8 ways
     assert largest.addressable_shards[0].data.nbytes * 8 == largest.nbytes
 
 

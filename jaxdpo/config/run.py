@@ -58,8 +58,8 @@ class RunConfig(abc.ABC):
         "what a layer keeps for the backward pass; by default as much as the device's memory allows", "compute", None
     )
     mesh: str = option(
-        "how devices share rows and parameters: sizes of data, fsdp and tensor, as fsdp=4,tensor=2; auto splits the "
-        "parameters over as many as divide the model's width",
+        "how devices share rows and parameters: sizes of data, fsdp, tensor and context, as fsdp=4,tensor=2; auto "
+        "splits the parameters over as many as divide the model's width",
         "compute",
         "auto",
     )

@@ -48,6 +48,7 @@ class ScoreConfig:
     microbatch_tokens: int | None = option(
         "most tokens of one forward pass per device; by default 2048 on CPU, 16384 elsewhere", "compute", None
     )
+    mesh: str = option("how devices share rows and parameters, as in jaxdpo dpo", "compute", "auto")
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES, PATHS)

@@ -60,6 +60,7 @@ def choose_capacity(
     *,
     max_microbatch_tokens: int,
     row_multiple: int = 1,
+    length_multiple: int = 1,
     row_lengths: Sequence[int] | None = None,
     costs: Costs = Costs(),  # noqa: B008 - immutable
 ) -> Layout:
@@ -71,10 +72,12 @@ def choose_capacity(
       max_microbatch_tokens: bound on rows x length, which bounds the memory of a microbatch. `row_multiple` rows of the
         largest group's length are always allowed, because nothing smaller holds it.
       row_multiple: rows are a multiple of it: the devices that rows are split over.
+      length_multiple: row lengths are a multiple of it, because devices share a row.
       row_lengths: one to three lengths to use instead of trying several.
       costs: what the model's work goes to.
     Raises:
-      InputError: if all `row_lengths` are shorter than the largest group needs; with the group's file and line.
+      InputError: if all `row_lengths` are shorter than the largest group needs, with the group's file and line; or one
+        is not a multiple of `length_multiple`.
     """
     needs = Capacity(
         length=max(int(dataset.tokens.max()) for dataset in datasets),
@@ -82,9 +85,10 @@ def choose_capacity(
         groups=1,
         candidates=max(dataset.candidates for dataset in datasets),
     )
-    trial = _Trial(datasets[0], steps, needs, max_microbatch_tokens, row_multiple, costs)
+    multiple = math.lcm(LENGTH_MULTIPLE, length_multiple)
+    trial = _Trial(datasets[0], steps, needs, max_microbatch_tokens, row_multiple, multiple, costs)
     if row_lengths is not None:
-        _check_lengths(datasets, row_lengths)
+        _check_lengths(datasets, row_lengths, length_multiple)
         return trial.layout(row_lengths)
     best = min((trial.layout([length]) for length in trial.lengths()), key=trial.work)
     while len(best.shapes) < MAX_ROW_LENGTHS:
@@ -140,17 +144,19 @@ class _Trial:
     """What the longest rows have to hold."""
     max_tokens: int
     row_multiple: int
+    length_multiple: int
     costs: Costs
 
     def lengths(self) -> list[int]:
         """Row lengths to try alone: the shortest that holds every group, and longer ones within the bound."""
-        shortest = _round_up(self.needs.length, LENGTH_MULTIPLE)
-        tried = {_round_up(n, LENGTH_MULTIPLE) for n in np.linspace(shortest, LONGEST_ROW * shortest, LENGTHS_TRIED)}
+        shortest = _round_up(self.needs.length, self.length_multiple)
+        even = np.linspace(shortest, LONGEST_ROW * shortest, LENGTHS_TRIED)
+        tried = {_round_up(length, self.length_multiple) for length in even}
         return sorted(length for length in tried if length <= max(self.max_tokens // self.row_multiple, shortest))
 
     def further(self, layout: Layout) -> list[int]:
         """Row lengths to try besides those of a layout."""
-        tried = {_round_up(share * layout.row_lengths[0], LENGTH_MULTIPLE) for share in FURTHER_LENGTHS}
+        tried = {_round_up(share * layout.row_lengths[0], self.length_multiple) for share in FURTHER_LENGTHS}
         fitting = (length for length in tried if length * self.row_multiple <= self.max_tokens)
         return sorted(set(fitting) - set(layout.row_lengths))
 
@@ -205,7 +211,11 @@ class _Trial:
         return list(best.shapes)
 
 
-def _check_lengths(datasets: Sequence[TokenizedDataset], lengths: Sequence[int]) -> None:
+def _check_lengths(datasets: Sequence[TokenizedDataset], lengths: Sequence[int], multiple: int) -> None:
+    if any(length % multiple for length in lengths):
+        raise InputError(
+            f"row_lengths={list(lengths)}; allowed: multiples of {multiple}, because devices share the length of a row"
+        )
     if not 1 <= len(set(lengths)) == len(lengths) <= MAX_ROW_LENGTHS:
         raise InputError(f"row_lengths={list(lengths)}; allowed: one to {MAX_ROW_LENGTHS}, each once")
     for dataset in datasets:

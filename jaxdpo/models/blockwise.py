@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxdpo.models.matmul import multiply, multiply_transposed, wide_dtype
-from jaxdpo.sharding import map_heads
+from jaxdpo.sharding import lengths_apart, map_heads
 
 BLOCK = 64
 """Queries and keys of a block. Its scores stay in the cache of a core (SmolLM2's 3 heads: 48 KiB), and little is
@@ -22,7 +22,8 @@ computed for nothing where groups end."""
 
 
 class Blocks(NamedTuple):
-    """Which blocks of a row see each other; `length` is a multiple of `BLOCK`, `blocks = length / BLOCK`."""
+    """Which blocks of a row see each other; `length` is a multiple of `BLOCK` on each device that it is split over,
+    `blocks = length / BLOCK`."""
 
     positions: jax.Array
     """int `[rows, length]`, as `group` and `candidate` those of the batch, padded."""
@@ -46,7 +47,8 @@ def find_blocks(positions: jax.Array, group: jax.Array, candidate: jax.Array, *,
       window: as in `tree_mask`.
     """
     rows, length = group.shape
-    blocks = -(-length // BLOCK)
+    apart = lengths_apart()
+    blocks = -(-length // (BLOCK * apart)) * apart
     pad = ((0, 0), (0, blocks * BLOCK - length))
     positions, group, candidate = (jnp.pad(x, pad) for x in (positions, group, candidate))
     ids, of = group.reshape(rows, blocks, BLOCK), candidate.reshape(rows, blocks, BLOCK)
@@ -94,12 +96,12 @@ def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks
 
 
 @jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks) -> jax.Array:
-    """`blockwise_attention` of whole blocks on one device."""
-    return _forward(q, k, v, blocks)[0]
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, first: jax.Array) -> jax.Array:
+    """`blockwise_attention` of whole blocks on one device, whose queries begin at `first`."""
+    return _forward(q, k, v, blocks, first)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks) -> tuple:
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, first: jax.Array) -> tuple:
     """The output and what the backward pass needs."""
     wide, kv_heads = wide_dtype(q.dtype), k.shape[2]
     queries = _by_head(q * q.shape[-1] ** -0.5, kv_heads)  # [rows * kv_heads, blocks, shared * BLOCK, head_dim]
@@ -129,17 +131,17 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks) -> tuple:
             log_sum = jnp.where(real, highest + jnp.log(norm), jnp.inf)
             return None, (jnp.where(real[:, None], total / norm[:, None], 0).astype(q.dtype), log_sum)
 
-        return None, lax.scan(one_block, None, (queries, jnp.arange(len(queries))))[1]
+        return None, lax.scan(one_block, None, (queries, first // BLOCK + jnp.arange(len(queries))))[1]
 
     rows = jnp.arange(len(queries)) // kv_heads
     _, (out, log_sum) = lax.scan(one_head, None, (queries, _rows_of(k), _rows_of(v), rows))
     out = checkpoint_name(_joined(out, q.shape[2]), "attention")
-    return out, (q, k, v, blocks, out, checkpoint_name(log_sum, "attention"))
+    return out, (q, k, v, blocks, first, out, checkpoint_name(log_sum, "attention"))
 
 
 def _backward(kept: tuple, grad: jax.Array) -> tuple:
     """Gradients by q, k and v."""
-    q, k, v, blocks, out, log_sum = kept
+    q, k, v, blocks, first, out, log_sum = kept
     wide, kv_heads = wide_dtype(q.dtype), k.shape[2]
     scale = q.shape[-1] ** -0.5
     inner = (grad.astype(wide) * out.astype(wide)).sum(axis=-1, keepdims=True)  # [rows, length, heads, 1]
@@ -170,13 +172,14 @@ def _backward(kept: tuple, grad: jax.Array) -> tuple:
             return tuple(of_keys), (grad_q * scale).astype(q.dtype)
 
         nothing = (jnp.zeros(keys.shape, wide), jnp.zeros(values.shape, wide))
-        (grad_k, grad_v), grad_q = lax.scan(one_block, nothing, (per_query, jnp.arange(len(per_query[0]))))
+        index = first // BLOCK + jnp.arange(len(per_query[0]))
+        (grad_k, grad_v), grad_q = lax.scan(one_block, nothing, (per_query, index))
         return None, (grad_q, grad_k.astype(k.dtype), grad_v.astype(v.dtype))
 
     rows = jnp.arange(len(log_sum)) // kv_heads
     _, (grad_q, grad_k, grad_v) = lax.scan(one_head, None, (per_query, _rows_of(k), _rows_of(v), rows))
     grad_k, grad_v = (x.reshape(len(q), kv_heads, *x.shape[1:]).swapaxes(1, 2) for x in (grad_k, grad_v))
-    return _joined(grad_q, q.shape[2]), grad_k, grad_v, None
+    return _joined(grad_q, q.shape[2]), grad_k, grad_v, None, None
 
 
 _attend.defvjp(_forward, _backward)

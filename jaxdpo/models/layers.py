@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxdpo.models.attention import Attend
 from jaxdpo.models.config import Rope, TransformerConfig
 from jaxdpo.models.matmul import linear
-from jaxdpo.sharding import constrain
+from jaxdpo.sharding import constrain, lengths_apart
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -74,9 +74,10 @@ class Projection(nnx.Module):
         """`[rows, length, *inputs]` -> `[rows, length, *outputs]`, same dtype; products of numbers of `multiplied`."""
         kernel = self.kernel[...]
         inputs, outputs = math.prod(kernel.shape[: self.contracted]), kernel.shape[self.contracted :]
-        # Two-dimensional: XLA's CPU takes twice as long for the gradient of a product over rows and length.
-        flat = linear(x.reshape(x.shape[0] * x.shape[1], inputs), kernel.reshape(inputs, -1), multiplied)
-        x = flat.reshape(*x.shape[:2], *outputs)
+        # Two-dimensional: XLA's CPU takes twice as long for the gradient of a product over rows and length. Devices
+        # that share a row would have to gather it for that.
+        tokens = x.shape[:2] if lengths_apart() > 1 else (x.shape[0] * x.shape[1],)
+        x = linear(x.reshape(*tokens, inputs), kernel.reshape(inputs, -1), multiplied).reshape(*x.shape[:2], *outputs)
         x = x if self.bias is None else x + self.bias[...].astype(x.dtype)[None, None]
         return checkpoint_name(x, "projection")
 
@@ -98,7 +99,8 @@ class Attention(nnx.Module):
         )  # [rows, length, heads or kv_heads, head_dim]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        q = constrain(q, "batch", None, "heads", None)
+        q = constrain(q, "batch", "length", "heads", None)
+        k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))  # of the whole row, for every query
         return self.o(attend(q, k, v), multiplied)  # [rows, length, embed]
 
 
@@ -116,7 +118,7 @@ class MLP(nnx.Module):
         """`[rows, length, embed]` -> same shape and dtype."""
         activation, wide = ACTIVATIONS[self.activation], self.up(x, multiplied)
         wide = activation(wide) if self.gate is None else activation(self.gate(x, multiplied)) * wide
-        return self.down(constrain(wide, "batch", None, "mlp"), multiplied)
+        return self.down(constrain(wide, "batch", "length", "mlp"), multiplied)
 
 
 class Block(nnx.Module):

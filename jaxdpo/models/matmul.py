@@ -5,6 +5,7 @@ weights in bfloat16. Here both factors of a product have the compute dtype, so t
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,13 @@ def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def multiply(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """The product of two matrices of one dtype over one axis of each; at least float32."""
+def multiply(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (-1, 0)) -> jax.Array:
+    """The product of two arrays of one dtype over one axis of each; at least float32."""
     # Not `x @ y.T`: XLA's CPU has no bfloat16 kernel for a product with a transpose, but has one for these axes.
-    axes = (((contract[0],), (contract[1],)), ((), ()))
+    axes = (((contract[0] % x.ndim,), (contract[1],)), ((), ()))
     return lax.dot_general(
         x, y, axes, preferred_element_type=wide_dtype(x.dtype), precision=full_precision(x.dtype)
-    )  # [size of the other axis of x, that of y]
+    )  # [sizes of the other axes of x, those of y]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -35,11 +36,11 @@ def linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x @ kernel`.
 
     Args:
-      x: `[tokens, inputs]`.
+      x: `[..., inputs]`.
       kernel: `[inputs, outputs]`, its gradient is summed in at least float32.
       dtype: what the factors of the product, and of those in the backward pass, are rounded to.
     Returns:
-      `[tokens, outputs]`, dtype of `x`.
+      `[..., outputs]`, dtype of `x`.
     """
     return _linear(x, kernel, dtype)[0]
 
@@ -50,7 +51,7 @@ def _linear(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple:
 
 def _linear_gradients(dtype: jnp.dtype, kept: tuple, grad: jax.Array) -> tuple:
     x, kernel = kept
-    of_x = multiply(grad.astype(dtype), kernel.astype(dtype), (1, 1)).astype(x.dtype)
+    of_x = multiply(grad.astype(dtype), kernel.astype(dtype), (-1, 1)).astype(x.dtype)
     return of_x, multiply_transposed(x, grad, dtype).astype(kernel.dtype)
 
 
@@ -58,20 +59,25 @@ linear.defvjp(_linear, _linear_gradients)
 
 
 def multiply_transposed(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x.T @ y` of factors rounded to `dtype`, at least float32."""
+    """The product of `[..., m]` and `[..., n]` over all other axes, factors rounded to `dtype`: `[m, n]`, at least
+    float32; `x.T @ y` for two matrices."""
 
-    def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
-        return multiply(x.astype(dtype), y.astype(dtype), (0, 0))
+    def product(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        axes = tuple(range(x.ndim - 1))
+        x, y = x.astype(dtype), y.astype(dtype)
+        return lax.dot_general(
+            x, y, ((axes, axes), ((), ())), preferred_element_type=wide_dtype(dtype), precision=full_precision(dtype)
+        )
 
-    def in_order(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = (z.astype(dtype).reshape(2, -1, z.shape[1]) for z in (x, y))
-        return lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    def over_two_axes(x: jax.Array, y: jax.Array) -> jax.Array:
+        return product(x.reshape(2, -1, x.shape[-1]), y.reshape(2, -1, y.shape[-1]), dtype)
 
     def exact(x: jax.Array, y: jax.Array) -> jax.Array:
-        return multiply(x.astype(jnp.float32), y.astype(jnp.float32), (0, 0))
+        return product(x, y, jnp.float32)
 
     if jnp.dtype(dtype) != jnp.bfloat16:
-        return rounded(x, y)
+        return product(x, y, dtype)
     # XLA's CPU has a bfloat16 kernel for factors in the order of `x @ y`. A product over two axes it brings into that
     # order; one over the first axes it converts to float32, or fails with "unsupported element type".
-    return lax.platform_dependent(x, y, cpu=exact if len(x) % 2 else in_order, default=rounded)
+    on_cpu = exact if math.prod(x.shape[:-1]) % 2 else over_two_axes
+    return lax.platform_dependent(x, y, cpu=on_cpu, default=lambda x, y: product(x, y, dtype))

@@ -17,6 +17,7 @@ groups and not on causality alone. For a row of length L with groups of n tokens
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask_info
 
 from jaxdpo.models.attention import full_precision
-from jaxdpo.sharding import map_heads
+from jaxdpo.sharding import lengths_apart, map_heads
 from jaxdpo.types import InputError
 
 LANES = 128
@@ -41,14 +42,17 @@ MaskInfo = splash_attention_mask_info.MaskInfo
 
 
 class SplashMask(NamedTuple):
-    """Who sees whom as splash wants it; first axis rows, rows padded to whole blocks."""
+    """Who sees whom as splash wants it; first axis rows, rows padded to whole blocks. What is told of queries has a
+    second axis, the devices that share a row's length; one device's own part is without it."""
 
     forward: MaskInfo
     """For each block of queries the blocks of keys to visit; the gradient of the queries takes the same."""
     keys: MaskInfo
     """The same table for the gradients of keys and values, which visit blocks of queries."""
-    segments: kernels.SegmentIds
-    """int `[rows, padded]` of queries, `[rows, 2 * padded]` of keys."""
+    queries: jax.Array
+    """int `[rows, devices, padded / devices]` group of each query."""
+    sources: jax.Array
+    """int `[rows, 2 * padded]` group of each key, in both halves."""
     real: jax.Array
     """bool `[rows, length]`: not padding."""
 
@@ -59,7 +63,8 @@ def splash_mask(
     """`attention.tree_mask`, whose arguments these are, for splash.
 
     Raises:
-      InputError: for a sliding window shorter than the row, and for rows of more than 32768.
+      InputError: for a sliding window shorter than the row, for rows of more than 32768, and for those that devices
+        do not share in whole blocks.
     """
     length = group.shape[-1]
     if window is not None and window < length:
@@ -69,11 +74,17 @@ def splash_mask(
         )
     if length > LONGEST_ROW:
         raise InputError(f"attention 'splash' got rows of {length}; allowed: up to {LONGEST_ROW}; use shorter rows")
+    apart = lengths_apart()
+    if apart > 1 and length % (apart * LANES):
+        raise InputError(
+            f"attention 'splash' got rows of {length} over a context axis of {apart} devices; allowed: multiples of "
+            f"{apart * LANES}; use such --row-lengths"
+        )
     block = _block(length)
     group, candidate = (jnp.pad(x, ((0, 0), (0, -length % block))) for x in (group, candidate))
     in_prompt = (candidate == 0) & (group != 0)
     halves = [jnp.where(in_prompt, group, -1), jnp.where(in_prompt, -1, group)]
-    segments = kernels.SegmentIds(group, jnp.concatenate(halves, axis=1))
+    sources = jnp.concatenate(halves, axis=1)  # [rows, 2 * padded]
 
     # A softmax over nothing is 0 / 0, in the backward pass too: padding sees itself, as every other token does anyway.
     index = jnp.broadcast_to(jnp.arange(group.shape[1])[None], group.shape)
@@ -87,11 +98,14 @@ def splash_mask(
             info, _ = process(visited[None], (1, 1))
             return info._replace(mask_next=None, partial_mask_blocks=None, q_sequence=indices, is_dynamic_mask=None)
 
-        return jax.vmap(of_row)(visited, index << 16 | first)
+        return jax.vmap(jax.vmap(of_row))(by_device(visited), by_device(index << 16 | first))
+
+    def by_device(x: jax.Array) -> jax.Array:
+        return x.reshape(len(x), apart, -1, *x.shape[2:])
 
     forward = table(splash_attention_mask_info.process_dynamic_mask)
     keys = table(splash_attention_mask_info.process_dynamic_mask_dkv)
-    return SplashMask(forward, keys, segments, group[:, :length] != 0)
+    return SplashMask(forward, keys, by_device(group), sources, group[:, :length] != 0)
 
 
 def _visited(group: jax.Array, in_prompt: jax.Array, first: jax.Array, block: int) -> jax.Array:
@@ -121,7 +135,7 @@ def _visited(group: jax.Array, in_prompt: jax.Array, first: jax.Array, block: in
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask) -> jax.Array:
     """`attention.attention` by splash: compiled for TPUs, interpreted (slow, for tests) elsewhere.
 
-    On a mesh every device computes its own rows and heads.
+    On a mesh every device computes its own queries and heads.
 
     Args:
       q: `[rows, length, heads, head_dim]`.
@@ -134,10 +148,13 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask)
     return map_heads(_attend)(q, k, v, mask)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask) -> jax.Array:
-    """`splash_attention` on one device."""
-    length = q.shape[1]
-    block = _block(length)
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask, first: jax.Array) -> jax.Array:
+    """`splash_attention` on one device, whose queries begin at `first`."""
+    length, block = q.shape[1], _block(k.shape[1])
+    device = first // length
+    forward, keys, queries = jax.tree.map(lambda x: x[:, device], (mask.forward, mask.keys, mask.queries))
+    real = jax.lax.dynamic_slice_in_dim(mask.real, first, length, axis=1)
+    mask = SplashMask(forward, keys, queries, mask.sources, real)
 
     def by_head(x: jax.Array) -> jax.Array:
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # [rows, heads, padded, size]
@@ -147,7 +164,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask) -> jax.A
 
     q = q * q.shape[-1] ** -0.5  # the kernel does not scale
     out = _exact(by_head(q), twice(by_head(k)), twice(by_head(v)), mask)
-    out = jnp.where(mask.real[..., None, None], out[:, :, :length].swapaxes(1, 2), 0)
+    out = jnp.where(real[..., None, None], out[:, :, :length].swapaxes(1, 2), 0)
     return checkpoint_name(out, "attention")
 
 
@@ -183,7 +200,7 @@ def _by_platform(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask) -> 
 
 def _rows(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask, *, interpret: bool) -> jax.Array:
     """The kernel over rows, one by one: a table of blocks is the whole kernel's."""
-    padded = q.shape[2]
+    padded = k.shape[2] // 2
     block = _block(padded)
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
@@ -203,7 +220,7 @@ def _rows(q: jax.Array, k: jax.Array, v: jax.Array, mask: SplashMask, *, interpr
             mask_function=_in_reach(padded),
             interpret=interpret,
         )
-        return kernel(q, k, v, mask.segments)
+        return kernel(q, k, v, kernels.SegmentIds(mask.queries, mask.sources))
 
     return jax.vmap(row)(q, k, v, mask)
 
@@ -224,5 +241,11 @@ def _precision(x: jax.Array) -> str | None:
 
 
 def _block(length: int) -> int:
-    """Tokens of a block: the whole row, to the next multiple of 128, or 512 if that is less."""
+    """Tokens of a block: what a device has of a row, to the next multiple of 128, or 512 if that is less.
+
+    Where devices share rows, as much of 512 as divides what they have.
+    """
+    apart = lengths_apart()
+    if apart > 1:
+        return LANES * math.gcd(length // apart // LANES, LARGEST_BLOCK // LANES)
     return min(-(-length // LANES) * LANES, LARGEST_BLOCK)

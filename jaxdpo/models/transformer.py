@@ -57,10 +57,10 @@ class Transformer(nnx.Module):
             x = x + self.positions[...][positions].astype(dtype)
         rope = self.config.rope
         angles = None if rope is None else rope_angles(rope, self.config.head_dim, positions, dtype)
-        x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", "length", None)
 
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return constrain(block(x, attend, angles, multiplied), "batch", None, None), None
+            return constrain(block(x, attend, angles, multiplied), "batch", "length", None), None
 
         x, _ = jax.lax.scan(with_remat(layer, remat), x, self.blocks)  # 30 layers compile as one
         return self.final_norm(x)

@@ -24,6 +24,8 @@ UTILISATION = 0.35
 """Share of the matrix-product rate that a step is taken to reach: cautious, and only the printed time rests on it."""
 SKIPPING = ("blockwise", "splash")
 """Forms of attention whose work is that of the groups, not that of the rows they are packed into."""
+EMPTY = 0.25
+"""Share of empty rows from which a run warns."""
 BACKWARD = {"none": 3.0, "projections": 3.0, "attention": 4.0, "full": 4.0}
 """Cost of forward, what is computed again and backward over that of the forward pass alone, by `remat`."""
 
@@ -83,6 +85,7 @@ def print_forecast(
 ) -> None:
     """Prints model, layout, memory (`state` bytes a device besides activations) and time of a run of `total` steps."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
     devices = jax.tree.leaves(params)[0].sharding.device_set
     sampled = [microbatches(datasets[0], step, layout) for step in order.sampled_steps()]
     per_step = sum(map(len, sampled)) / len(sampled)
@@ -95,12 +98,16 @@ def print_forecast(
     work = flops * (BACKWARD[model.remat] * total + passes)
     seconds = work / (UTILISATION * measured_peak(str(model.multiplied_dtype)) * len(devices))
     device = next(iter(devices))
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    parts = batch_size_multiple(mesh)
-    activations, of = layout_bytes(model, layout, parts=parts), device_memory(device)
+    activations, of = layout_bytes(model, layout, mesh), device_memory(device)
     print(f"model      {size / 1e6:.1f} M parameters, {config.dtype}, on {mesh_summary(mesh)}")
-    print(f"layout     {layout.summary()}; {fill_of(batch for step in sampled for batch in step).summary()}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"
+    fill = fill_of(batch for step in sampled for batch in step)
+    print(f"layout     {layout.summary()}; {fill.summary()}")
+    if (apart := batch_size_multiple(mesh)) > 1 and fill.empty_rows > EMPTY * fill.rows:
+        print(
+            f"           warning: {pairs} {groups} a step do not fill the rows of data x fsdp = {apart} devices, which "
+            "compute empty ones; fix: a larger --batch-size, or part of the devices on tensor or context (--mesh)"
+        )
     print(f"run        {total} steps of {pairs} {groups} in {per_step:.1f} microbatches; {config.objective}")
     if isinstance(config, DPOConfig) and datasets[0].candidates > 2 and not datasets[0].labelled:
         over = [name for name in config.losses if LOSSES[name].candidates == 2]

@@ -14,6 +14,7 @@ from jaxdpo.config import RunConfig
 from jaxdpo.data.packing import Layout
 from jaxdpo.logprobs import SLOT_CHUNK
 from jaxdpo.models import Decoder
+from jaxdpo.sharding import batch_size_multiple, tokens_apart
 from jaxdpo.types import RunStopped
 
 CHOSEN = ("projections", "attention", "full")
@@ -23,13 +24,13 @@ USABLE_ELSEWHERE = 0.85
 """Share of a device's memory that an estimate may reach, by platform: a host's is shared with other programs."""
 
 
-def activation_bytes(decoder: Decoder, *, rows: int, length: int, slots: int) -> int:
+def activation_bytes(decoder: Decoder, *, rows: int, length: int, slots: int, apart: int = 1) -> int:
     """What a forward and backward pass over packed rows on one device holds besides parameters and gradients.
 
     It counts what each layer keeps by `decoder.remat`, the arrays of the one layer that is under way, and the logits of
-    one chunk of slots.
+    one chunk of slots. A device has a part of each of its rows where `apart` of them share their length.
     """
-    config, tokens = decoder.config, rows * length
+    config, tokens = decoder.config, rows * length // apart
     size = jnp.dtype(decoder.compute_dtype).itemsize
     wide = max(size, 4)
     heads, kv_heads = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
@@ -39,13 +40,13 @@ def activation_bytes(decoder: Decoder, *, rows: int, length: int, slots: int) ->
     kept["projections"] = attended + (heads + 2 * kv_heads + 2 * config.embed_dim + mlp) * size
     between = (6 * config.embed_dim + 4 * (heads + kv_heads) + 3 * config.mlp_dim) * wide  # norms, rotation, activation
     kept["none"] = kept["projections"] + between
-    scores = 3 * rows * config.num_heads * length**2 * wide if decoder.attention == "dense" else 0
+    scores = 3 * tokens * config.num_heads * length * wide if decoder.attention == "dense" else 0
     if decoder.remat == "none":
         layers = config.num_layers * (tokens * kept["none"] + scores)
     else:
         layers = config.num_layers * tokens * kept[decoder.remat] + tokens * (kept["projections"] + between) + scores
     residual = config.num_layers * tokens * config.embed_dim * size
-    logits = 2 * rows * min(slots, SLOT_CHUNK) * config.vocab_size * wide if config.head == "lm" else 0
+    logits = 2 * rows * min(slots, SLOT_CHUNK) // apart * config.vocab_size * wide if config.head == "lm" else 0
     return residual + layers + logits
 
 
@@ -72,29 +73,32 @@ def device_memory(device: jax.Device) -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_remat(decoder: Decoder, layout: Layout, state: int, device: jax.Device, *, parts: int = 1) -> Decoder:
+def choose_remat(decoder: Decoder, layout: Layout, state: int, mesh: jax.sharding.Mesh) -> Decoder:
     """The decoder with the fastest policy of recomputation that fits by the estimate; with `full` if none does.
 
     Args:
       decoder: of the run.
       layout: of its microbatches.
       state: `state_bytes`.
-      device: one of those that it runs on.
-      parts: devices that rows are split over.
+      mesh: where it runs.
     """
+    device = mesh.devices.flat[0]
     usable = USABLE.get(device.platform, USABLE_ELSEWHERE) * device_memory(device)
     for remat in CHOSEN:
         chosen = dataclasses.replace(decoder, remat=remat)
-        if state + layout_bytes(chosen, layout, parts=parts) <= usable:
+        if state + layout_bytes(chosen, layout, mesh) <= usable:
             return chosen
     return chosen
 
 
-def layout_bytes(decoder: Decoder, layout: Layout, *, parts: int = 1) -> int:
-    """`activation_bytes` of the largest microbatch of a layout, on each of the devices that its rows are split over."""
+def layout_bytes(decoder: Decoder, layout: Layout, mesh: jax.sharding.Mesh) -> int:
+    """`activation_bytes` of the largest microbatch of a layout, on each device."""
+    parts = batch_size_multiple(mesh)
+    apart = tokens_apart(mesh) // parts
     return max(
-        activation_bytes(decoder, rows=shape.rows // parts, length=shape.capacity.length, slots=shape.capacity.slots)
+        activation_bytes(decoder, rows=shape.rows // parts, length=length, slots=slots, apart=apart)
         for shape in layout.shapes
+        for length, slots in [(shape.capacity.length, shape.capacity.slots)]
     )
 
 

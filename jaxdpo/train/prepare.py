@@ -22,7 +22,7 @@ from jaxdpo.hf import hf_generation_config, load_config, load_hf, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
-from jaxdpo.sharding import batch_size_multiple, make_mesh, mesh_sizes
+from jaxdpo.sharding import batch_size_multiple, length_multiple, make_mesh, mesh_sizes, num_slices, tokens_apart
 from jaxdpo.train.checkpoint import tree_digests
 from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype, precision
 from jaxdpo.train.forecast import layout_costs, print_forecast
@@ -133,14 +133,15 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     layout = choose_capacity(
         datasets,
         order.sampled_steps(),
-        max_microbatch_tokens=microbatch_tokens * batch_size_multiple(mesh),
+        max_microbatch_tokens=microbatch_tokens * tokens_apart(mesh),
         row_multiple=batch_size_multiple(mesh),
+        length_multiple=length_multiple(mesh),
         row_lengths=config.lengths_of_rows,
         costs=layout_costs(model),
     )
     state = _state_bytes(config, params, datasets[0], layout, order)
     if config.remat is None:
-        model = choose_remat(model, layout, state, devices[0], parts=batch_size_multiple(mesh))
+        model = choose_remat(model, layout, state, mesh)
     else:
         model = dataclasses.replace(model, remat=config.remat)
     epochs = config.epochs or (1 if config.max_steps is None else None)
@@ -173,7 +174,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
 def mesh_of(mesh: str, devices: Sequence[jax.Device], architecture: TransformerConfig) -> jax.sharding.Mesh:
     """The mesh of `--mesh`; for auto as many devices as divide the model's width split the parameters."""
     if mesh == "auto":
-        return make_mesh(devices, fsdp=math.gcd(len(devices), architecture.embed_dim))
+        return make_mesh(devices, fsdp=math.gcd(len(devices) // num_slices(devices), architecture.embed_dim))
     try:
         return make_mesh(devices, **mesh_sizes(mesh))
     except InputError as error:

@@ -21,7 +21,7 @@ from jaxdpo.disk import writing
 from jaxdpo.hf import load_config, load_reward_model, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.rewards import dataset_rewards, make_reward_program
-from jaxdpo.sharding import batch_size_multiple
+from jaxdpo.sharding import batch_size_multiple, length_multiple, tokens_apart
 from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype, precision
 from jaxdpo.train.forecast import layout_costs
 from jaxdpo.train.prepare import check_fits, mesh_of
@@ -51,7 +51,7 @@ def score(config: ScoreConfig) -> None:
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source)
     devices = jax.devices()
-    mesh = mesh_of("auto", devices, load_config(source, head="score"))
+    mesh = mesh_of(config.mesh, devices, load_config(source, head="score"))
     with jax.set_mesh(mesh):
         compute_dtype, product_dtype = precision(config.dtype or default_dtype(devices), devices)
         decoder, params = load_reward_model(source, compute_dtype=compute_dtype, mesh=mesh)
@@ -70,8 +70,9 @@ def score(config: ScoreConfig) -> None:
         layout = choose_capacity(
             [dataset],
             [np.arange(len(dataset))[:: -(-len(dataset) // 4096)]],
-            max_microbatch_tokens=tokens * batch_size_multiple(mesh),
+            max_microbatch_tokens=tokens * tokens_apart(mesh),
             row_multiple=batch_size_multiple(mesh),
+            length_multiple=length_multiple(mesh),
             costs=layout_costs(decoder),
         )
         found = dataset_rewards(

@@ -20,16 +20,18 @@ def log_normal_pairs(n, seed=0):
 
 
 @settings(deadline=None, max_examples=30)
-@given(DATASETS, st.integers(1, 8), st.integers(1, 4), st.integers(1, 2000))
-def test_layout_holds_every_group_and_keeps_to_its_bounds(data, batch_size, row_multiple, limit):
+@given(DATASETS, st.integers(1, 8), st.integers(1, 4), st.sampled_from([1, 256]), st.integers(1, 2000))
+def test_layout_holds_every_group_and_keeps_to_its_bounds(data, batch_size, row_multiple, length_multiple, limit):
     plan = StepPlan(data.sizes, batch_size)
-    layout = choose_capacity([data], plan.sampled_steps(), max_microbatch_tokens=limit, row_multiple=row_multiple)
+    multiples = {"row_multiple": row_multiple, "length_multiple": length_multiple}
+    layout = choose_capacity([data], plan.sampled_steps(), max_microbatch_tokens=limit, **multiples)
     length, slots, groups, candidates = layout.shapes[0].capacity
     assert length >= data.tokens.max() and slots >= data.slots.max() and groups >= 1 and candidates == data.candidates
     assert list(layout.row_lengths) == sorted(set(layout.row_lengths), reverse=True)
-    smallest = row_multiple * LENGTH_MULTIPLE * -(-int(data.tokens.max()) // LENGTH_MULTIPLE)
+    multiple = max(LENGTH_MULTIPLE, length_multiple)
+    smallest = row_multiple * multiple * -(-int(data.tokens.max()) // multiple)
     for shape in layout.shapes:
-        assert shape.capacity.length % LENGTH_MULTIPLE == 0 and shape.capacity.slots <= shape.capacity.length
+        assert shape.capacity.length % multiple == 0 and shape.capacity.slots <= shape.capacity.length
         assert shape.rows % row_multiple == 0 and shape.tokens <= max(limit, smallest)
 
 

@@ -54,12 +54,12 @@ def assert_equals_dense(form, rows, length, *, dtype, tolerance, window=None, **
         np.testing.assert_array_equal(mine[fields[1] == 0], 0)
 
 
-def assert_split_over_devices(form, *, tensor, kv_heads):
-    """On a mesh each device computes its own rows and heads: the numbers are those of dense attention without one."""
-    fields = np.concatenate([fields_of(SHORT, 384)] * 4, axis=1)
+def assert_split_over_devices(form, *, kv_heads, **axes):
+    """On a mesh each device computes its own queries and heads: the numbers are those of dense attention."""
+    fields = np.concatenate([fields_of(SHORT, 512)] * 4, axis=1)
     sizes = {"heads": 4, "kv_heads": kv_heads, "head_dim": 8}
     expected = value_and_gradients(dense_attention, tree_mask, fields, **sizes)
-    with jax.set_mesh(make_mesh(tensor=tensor)):
+    with jax.set_mesh(make_mesh(**axes)):
         got = value_and_gradients(form.attend, form.prepare, fields, **sizes)
     for mine, dense in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, dense, rtol=0, atol=1e-5)

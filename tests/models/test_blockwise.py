@@ -30,9 +30,9 @@ def test_equals_dense(rows, length, sizes, dtype, window, tolerance):
     assert_equals_dense(FORM, rows, length, dtype=dtype, tolerance=tolerance, window=window, **sizes)
 
 
-@pytest.mark.parametrize(("tensor", "kv_heads"), [(1, 2), (2, 2), (4, 2)])
-def test_each_device_computes_its_rows_and_heads(tensor, kv_heads):
-    assert_split_over_devices(FORM, tensor=tensor, kv_heads=kv_heads)
+@pytest.mark.parametrize(("tensor", "context", "kv_heads"), [(1, 1, 2), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 4, 1)])
+def test_each_device_computes_its_queries_and_heads(tensor, context, kv_heads):
+    assert_split_over_devices(FORM, tensor=tensor, context=context, kv_heads=kv_heads)
 
 
 def seen_blocks(fields, *, window=None):

@@ -30,9 +30,9 @@ def test_equals_dense(rows, length, sizes, dtype, tolerance):
     assert_equals_dense(FORM, rows, length, dtype=dtype, tolerance=tolerance, **sizes)
 
 
-@pytest.mark.parametrize(("tensor", "kv_heads"), [(1, 2), (2, 2), (4, 2)])
-def test_each_device_computes_its_rows_and_heads(tensor, kv_heads):
-    assert_split_over_devices(FORM, tensor=tensor, kv_heads=kv_heads)
+@pytest.mark.parametrize(("tensor", "context", "kv_heads"), [(1, 1, 2), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 4, 1)])
+def test_each_device_computes_its_queries_and_heads(tensor, context, kv_heads):
+    assert_split_over_devices(FORM, tensor=tensor, context=context, kv_heads=kv_heads)
 
 
 def test_a_model_computes_the_same():
@@ -58,8 +58,8 @@ def test_a_model_computes_the_same():
 def test_every_block_that_is_seen_is_visited_and_few_others(rows):
     fields, block = fields_of(rows, 1536), 512
     mask = splash_mask(*fields)
-    blocks = mask.forward.block_mask[:, 0] != 0  # [rows, query block, key block]
-    np.testing.assert_array_equal(blocks, mask.keys.block_mask[:, 0] != 0)
+    blocks = mask.forward.block_mask[:, 0, 0] != 0  # [rows, query block, key block]
+    np.testing.assert_array_equal(blocks, mask.keys.block_mask[:, 0, 0] != 0)
     by_half = np.stack([fields[2] == 0, fields[2] != 0])[:, :, None]  # [half, rows, 1, key]
     seen = np.asarray(tree_mask(*fields)) & by_half & (fields[1] != 0)[None, :, None]
     seen = seen.reshape(2, len(rows), 3, block, 3, block).any(axis=(3, 5))  # [half, rows, query block, key block]

@@ -7,7 +7,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
@@ -15,11 +14,11 @@ from jax.experimental import topologies
 from jaxdpo.losses import LOSSES
 from jaxdpo.models import TransformerConfig, abstract_params, make_decoder
 from jaxdpo.models.splash import splash_attention, splash_mask
-from jaxdpo.sharding import BATCH_AXES, MESH_AXES, replicated
+from jaxdpo.sharding import BATCH_AXES, make_mesh, replicated
 from jaxdpo.train.objective import Counts, preference_task
 from jaxdpo.train.state import TrainState
 from jaxdpo.train.step import Microbatch, make_programs
-from jaxdpo.types import Batch
+from jaxdpo.types import Batch, InputError
 from tests import tiny
 
 pytestmark = [
@@ -44,10 +43,10 @@ LENGTH = 1024
 
 
 @functools.cache
-def mesh_of(topology: str, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    grid = np.asarray(devices).reshape(-1, fsdp, tensor)
-    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def mesh_of(topology: str, slices: int = 1, **sizes: int) -> jax.sharding.Mesh:
+    options = {"num_slices": slices} if slices > 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    return make_mesh(devices, **sizes)
 
 
 def on_rows(mesh, shape, dtype="int32"):
@@ -64,18 +63,19 @@ def check_splash(program: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "fsdp", "tensor", "dtype", "heads", "kv_heads", "head_dim"),
+    ("topology", "sizes", "dtype", "heads", "kv_heads", "head_dim"),
     [
-        ("v5e:2x2", 4, 1, "bfloat16", 9, 3, 64),
-        ("v5e:2x2", 1, 4, "bfloat16", 8, 2, 128),
-        ("v5e:2x2", 4, 1, "float32", 4, 2, 6),
-        ("v5p:2x2x1", 4, 1, "bfloat16", 9, 3, 64),
-        ("v6e:2x2", 2, 2, "bfloat16", 8, 2, 128),
+        ("v5e:2x2", {}, "bfloat16", 9, 3, 64),
+        ("v5e:2x2", {"tensor": 4}, "bfloat16", 8, 2, 128),
+        ("v5e:2x2", {"context": 4}, "bfloat16", 9, 3, 64),
+        ("v5e:2x2", {}, "float32", 4, 2, 6),
+        ("v5p:2x2x1", {}, "bfloat16", 9, 3, 64),
+        ("v6e:2x2", {"tensor": 2}, "bfloat16", 8, 2, 128),
     ],
-    ids=["v5e", "v5e-heads-split", "v5e-float32", "v5p", "v6e"],
+    ids=["v5e", "v5e-heads-split", "v5e-length-split", "v5e-float32", "v5p", "v6e"],
 )
-def test_attention(topology, fsdp, tensor, dtype, heads, kv_heads, head_dim):
-    mesh = mesh_of(topology, fsdp, tensor)
+def test_attention(topology, sizes, dtype, heads, kv_heads, head_dim):
+    mesh = mesh_of(topology, **sizes)
     q = on_rows(mesh, (8, LENGTH, heads, head_dim), dtype)
     k = on_rows(mesh, (8, LENGTH, kv_heads, head_dim), dtype)
     field = on_rows(mesh, (8, LENGTH))
@@ -86,6 +86,14 @@ def test_attention(topology, fsdp, tensor, dtype, heads, kv_heads, head_dim):
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
         check_splash(gradient.lower(q, k, k, field, field, field).compile().as_text())
+
+
+def test_a_mesh_over_two_slices_has_one_for_each_copy_of_the_parameters():
+    mesh = mesh_of("v5e:2x4", slices=2, tensor=2)
+    assert mesh.devices.shape == (2, 4, 2, 1)
+    assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}]
+    with pytest.raises(InputError, match="data=1 on 2 slices; allowed: multiples of 2"):
+        mesh_of("v5e:2x4", slices=2, fsdp=16)
 
 
 def abstract_state(decoder, optimizer, mesh) -> TrainState:
@@ -121,7 +129,7 @@ def abstract_microbatch(mesh, *, rows: int, slots: int, groups: int) -> Microbat
     ids=["tiny-v5e", "tiny-v5p", "tiny-v6e", "smollm2-135m-v5e"],
 )
 def test_a_whole_dpo_step(config, topology):
-    mesh = mesh_of(topology, 4, 1)
+    mesh = mesh_of(topology)
     decoder = make_decoder(config, compute_dtype="bfloat16", attention="splash")
     optimizer = optax.rmsprop(1e-6, decay=0.99, eps_in_sqrt=False)
     state = abstract_state(decoder, optimizer, mesh)

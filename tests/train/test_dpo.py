@@ -318,25 +318,31 @@ def test_packing_changes_nothing_but_rounding(small, inputs, tmp_path, options):
         np.testing.assert_allclose(got[name], tensor, atol=1e-3)
 
 
-def test_the_number_of_devices_changes_nothing_but_rounding(small, inputs, tmp_path):
+def test_the_number_of_devices_changes_nothing_but_rounding(small, inputs, tmp_path, capsys):
     flags = "--batch-size 8 --max-steps 3 --learning-rate 1e-3 --warmup-steps 0"
     assert cli.main(inputs.command(tmp_path / "run", flags)) == 0
+    told = "warning: 8 pairs a step do not fill the rows of data x fsdp = 8 devices, which compute empty ones; fix: a"
+    assert told in " ".join(capsys.readouterr().out.split())
     assert_equal_but_for_rounding(timeless(tmp_path / "run"), timeless(small))
 
 
-def test_the_mesh_changes_nothing_but_rounding(small, inputs, tmp_path, capsys):
-    flags = "--batch-size 8 --max-steps 3 --learning-rate 1e-3 --warmup-steps 0 --mesh fsdp=2,tensor=2"
+@pytest.mark.parametrize(
+    ("mesh", "told"), [("fsdp=2,tensor=2", "data=2,fsdp=2,tensor=2"), ("context=4", "fsdp=2,context=4")]
+)
+def test_the_mesh_changes_nothing_but_rounding(small, inputs, tmp_path, capsys, mesh, told):
+    flags = f"--batch-size 8 --max-steps 3 --learning-rate 1e-3 --warmup-steps 0 --mesh {mesh}"
     assert cli.main(inputs.command(tmp_path / "run", flags)) == 0
-    assert "on 8 device(s), data=2,fsdp=2,tensor=2" in capsys.readouterr().out
+    assert f"on 8 device(s), {told}" in capsys.readouterr().out
     assert_equal_but_for_rounding(timeless(tmp_path / "run"), timeless(small))
 
 
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        ("fsdp=3", "--mesh: fsdp=3 x tensor=1 does not divide 8 devices"),
-        ("rows=2", "--mesh: got 'rows=2'; allowed: auto, or sizes of data, fsdp, tensor"),
+        ("fsdp=3", "--mesh: fsdp=3 does not divide 8 devices"),
+        ("rows=2", "--mesh: got 'rows=2'; allowed: auto, or sizes of data, fsdp, tensor, context"),
         ("tensor=8", "is not divisible by the 'tensor' axis of 8 devices"),
+        ("context=4 --row-lengths 192", "row_lengths=[192]; allowed: multiples of 512, because devices share"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(inputs, tmp_path, capsys, mesh, message):

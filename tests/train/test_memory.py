@@ -12,10 +12,12 @@ from jaxdpo.data.pipeline import microbatches
 from jaxdpo.logprobs import token_logps
 from jaxdpo.models import abstract_params, make_decoder
 from jaxdpo.models.remat import REMAT
+from jaxdpo.sharding import make_mesh
 from jaxdpo.train import memory
 from jaxdpo.types import RunStopped
 from tests import tiny
 
+MESH = make_mesh(jax.devices()[:1])
 WIDE = dataclasses.replace(
     tiny.LLAMA,
     vocab_size=4096,
@@ -37,7 +39,7 @@ def test_activations_are_what_the_compiler_plans(attention, remat):
     params = abstract_params(decoder)
     gradient = jax.jit(jax.grad(lambda params, batch: token_logps(decoder, params, batch).sum()))
     planned = gradient.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
-    assert planned == pytest.approx(memory.layout_bytes(decoder, layout), rel=0.3)
+    assert planned == pytest.approx(memory.layout_bytes(decoder, layout, MESH), rel=0.3)
 
 
 def test_the_state_is_parameters_moments_and_gradients():
@@ -55,10 +57,10 @@ def test_the_fastest_policy_that_fits_is_chosen(monkeypatch, share, chosen):
     decoder = make_decoder(WIDE, attention="blockwise")
     layout = tiny.layout(tiny.dataset(groups=16, longest=100), tokens=1024, row_lengths=(512,))
     state = 1 << 20
-    needed = state + memory.layout_bytes(dataclasses.replace(decoder, remat="projections"), layout)
+    needed = state + memory.layout_bytes(dataclasses.replace(decoder, remat="projections"), layout, MESH)
     monkeypatch.setattr(memory, "USABLE", {"cpu": 1.0})
     monkeypatch.setattr(memory, "device_memory", lambda device: int(share * needed))
-    assert memory.choose_remat(decoder, layout, state, jax.devices()[0]).remat == chosen
+    assert memory.choose_remat(decoder, layout, state, MESH).remat == chosen
 
 
 def test_memory_of_a_host():

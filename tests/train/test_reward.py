@@ -128,6 +128,14 @@ def test_what_is_equal_or_ties_is_scored_too(trained, tmp_path):
     assert first["scores"][0] == pytest.approx(first["scores"][2], rel=1e-5) != first["scores"][1]
 
 
+def test_the_mesh_changes_nothing_but_rounding(trained, inputs, tmp_path):
+    for name, mesh in (("auto", "auto"), ("split", "fsdp=2,context=4")):
+        flags = ["--data", str(inputs.data), "--output", str(tmp_path / name), "--mesh", mesh]
+        assert cli.main(["score", "--model", str(trained / "run" / "export"), *flags]) == 0
+    for row, split in zip(rows(tmp_path / "auto"), rows(tmp_path / "split"), strict=True):
+        assert row["scores"] == pytest.approx(split["scores"], rel=1e-3, abs=1e-5)
+
+
 def test_messages_are_scored_as_the_template_writes_them_and_stay_messages(trained, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(trained / "run" / "export", model)

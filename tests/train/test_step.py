@@ -58,6 +58,7 @@ MESHES = {
     "one device": lambda: make_mesh(jax.devices()[:1]),
     "eight devices": make_mesh,
     "data x fsdp x tensor": lambda: make_mesh(fsdp=2, tensor=2),
+    "fsdp x context": lambda: make_mesh(fsdp=2, context=4),
 }
 
 
@@ -179,6 +180,7 @@ VARIANTS = {
     "groups in another order": ({"order": SHUFFLED}, 1),
     "eight devices": ({"on": "eight devices"}, 1),
     "data x fsdp x tensor": ({"on": "data x fsdp x tensor"}, 1),
+    "fsdp x context": ({"on": "fsdp x context", "tokens": 128}, 2),
 }
 
 
@@ -191,7 +193,9 @@ def test_step_is_the_gradient_of_the_mean_loss(x64, variant):
     check(taken, "pairs")
 
 
-ELSEWHERE = [(task, "eight devices") for task in ("batch statistic", "sorted", "several")]
+ELSEWHERE = [
+    (task, on) for task in ("batch statistic", "sorted", "several") for on in ("eight devices", "fsdp x context")
+]
 
 
 @pytest.mark.slow
