@@ -75,7 +75,6 @@ def token_statistics(
     """
     # Whole rows: slots are anywhere in them.
     hidden = constrain(decoder.hidden(params, batch), "batch", None, None)  # [rows, length, embed]
-    head = constrain(decoder.head(params), "vocab", None)  # gathered over fsdp once, outside the chunk loop
     scored = batch.slot_owner < batch.candidate_mask.shape[1] * batch.candidate_mask.shape[2]
     rows, slots = scored.shape
     parts, apart = math.gcd(rows, rows_apart()), lengths_apart()
@@ -100,7 +99,8 @@ def token_statistics(
     states = gather(hidden.reshape(parts, -1, hidden.shape[-1]), gather(listed(source), order)[..., None])
     used = -(-scored.reshape(parts, -1).sum(axis=1).max() // (width * apart))
     target = split(gather(listed(batch.slot_target), order))
-    of_chunks = _through_head(decoder.multiplied_dtype, tuple(statistics), head, split(states), target, used)
+    dtype, head = decoder.multiplied_dtype, decoder.head(params)
+    of_chunks = _through_head(dtype, tuple(statistics), head, split(states), target, used)
 
     def join(x: jax.Array) -> jax.Array:  # [chunks, parts * apart, width] -> [rows, slots]
         x = jnp.moveaxis(x.reshape(chunks, parts, apart, width), (0, 2), (1, 3)).reshape(parts, total)
@@ -121,7 +121,9 @@ def _through_head(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Log-probs and statistics of chunks of slots.
 
-    The backward pass computes logits again: it writes an array of their size once, and none waits for it.
+    The backward pass computes logits again: it writes an array of their size once, and none waits for it. On a mesh the
+    head is gathered once in each pass, in `dtype`; every device sums up the gradient of its own part, which is reduced
+    once.
 
     Args:
       dtype: of the factors of matrix products.
@@ -134,6 +136,10 @@ def _through_head(
       `[chunks, parts, width]` each; gradients are those of the log-probs.
     """
     return _head_forward(dtype, statistics, head, states, target, used)[0]
+
+
+def _gathered(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return constrain(head.astype(dtype), "vocab", None)
 
 
 def _logits(head: jax.Array, states: jax.Array) -> jax.Array:
@@ -150,7 +156,7 @@ def _head_forward(
     target: jax.Array,
     used: jax.Array,
 ) -> tuple:
-    rounded = head.astype(dtype)
+    rounded = _gathered(head, dtype)
 
     def add(i: jax.Array, done: tuple) -> tuple:
         logits = _logits(rounded, states[i])
@@ -167,7 +173,7 @@ def _head_forward(
 def _head_backward(dtype: jnp.dtype, statistics: tuple[str, ...], kept: tuple, grads: tuple) -> tuple:
     del statistics
     head, states, target, used, log_z = kept
-    rounded = head.astype(dtype)
+    rounded = _gathered(head, dtype)
 
     def add(i: jax.Array, done: tuple) -> tuple:
         of_head, of_states = done
@@ -179,11 +185,10 @@ def _head_backward(dtype: jnp.dtype, statistics: tuple[str, ...], kept: tuple, g
         of_chunk = multiply(flat, rounded).reshape(states.shape[1:]).astype(states.dtype)
         return of_head + by_part(of_logits, states[i]), of_states.at[i].set(of_chunk)
 
-    # Every device sums up its own part: one reduction behind the loop instead of one for each chunk.
     by_part = jax.vmap(lambda x, y: multiply_transposed(x, y, dtype))
     zeros = jnp.zeros((states.shape[1], *head.shape), wide_dtype(head.dtype))
     of_head, of_states = lax.fori_loop(0, used, add, (constrain(zeros, "slots", "vocab", None), jnp.zeros_like(states)))
-    return of_head.sum(axis=0).astype(head.dtype), of_states, None, None
+    return constrain(of_head.sum(axis=0).astype(head.dtype), "vocab", "embed"), of_states, None, None
 
 
 _through_head.defvjp(_head_forward, _head_backward)

@@ -219,3 +219,11 @@ def test_tokens_behind_the_shortest_completion_count_as_much_as_stated(alpha):
                 expected = own[:shortest].sum() + alpha * own[shortest:].sum()
                 np.testing.assert_allclose(got[row, group, candidate], expected, rtol=1e-5)
         np.testing.assert_array_equal(got[~batch.candidate_mask], 0)
+
+
+def test_gradients_of_the_head_are_not_rounded_to_the_compute_dtype():
+    data = tiny.dataset(groups=8, longest=LONGEST)
+    batch, params = next(iter(all_batches(data, tiny.layout(data)))), tiny.params(tiny.decoder(WINDOWED))
+    decoder = tiny.decoder(WINDOWED, "bfloat16")
+    gradient = jax.jit(jax.grad(lambda params: token_logps(decoder, params, batch).sum()))(params)["head"]
+    assert gradient.dtype == jnp.float32 and (gradient != gradient.astype(jnp.bfloat16)).mean() > 0.5

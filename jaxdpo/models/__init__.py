@@ -77,8 +77,8 @@ class Decoder:
         return self._hidden(params, batch.tokens, batch.positions, batch.group, batch.candidate)
 
     def head(self, params: dict[str, Any]) -> jax.Array:
-        """The LM head, `[vocab, embed]` in the compute dtype; the token embedding itself where it is tied."""
-        return self._merge(params).head_kernel().astype(self.compute_dtype)
+        """The LM head, `[vocab, embed]` in the dtype of the parameters; the token embedding itself where it is tied."""
+        return self._merge(params).head_kernel()
 
     def score(self, params: dict[str, Any]) -> jax.Array:
         """The score head, `[embed]`, at least float32: rewards are differences of near numbers."""
@@ -106,7 +106,7 @@ class Decoder:
         states = self._hidden(params, tokens, positions, one, one)  # [rows, length, embed]
         dtype = jnp.dtype(self.compute_dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
-        head = self.head(params)
+        head = self.head(params).astype(dtype)
         logits = jnp.einsum(
             "rle,ve->rlv", states, head, preferred_element_type=wide, precision=full_precision(dtype)
         )  # [rows, length, vocab]

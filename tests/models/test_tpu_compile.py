@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.experimental import topologies
 
+from jaxdpo.logprobs import token_logps
 from jaxdpo.losses import LOSSES
 from jaxdpo.models import TransformerConfig, abstract_params, make_decoder
 from jaxdpo.models.splash import splash_attention, splash_mask
@@ -140,3 +141,16 @@ def test_a_whole_dpo_step(config, topology):
     with jax.set_mesh(mesh):
         compiled = programs.step.lower(state, microbatch, Counts(32.0, 100.0), scalars).compile()
     check_splash(compiled.as_text())
+
+
+def test_the_head_is_gathered_in_bfloat16_and_its_gradient_reduced_in_float32():
+    mesh, config = mesh_of("v5e:2x2"), dataclasses.replace(SMOLLM2_135M, num_layers=1)
+    decoder = make_decoder(config, compute_dtype="bfloat16", attention="splash")
+    batch = abstract_microbatch(mesh, rows=8, slots=256, groups=8).batch
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda params, batch: token_logps(decoder, params, batch).sum()))
+        program = gradient.lower(abstract_params(decoder, mesh), batch).compile().as_text()
+    head = re.escape(f"[{config.vocab_size},{config.embed_dim}]")
+    for dtype, collective in (("bf16", "all-gather"), ("f32", "all-reduce")):
+        moved = " ".join(re.findall(rf"= (.*) {collective}\(", program))
+        assert set(re.findall(rf"(\w+){head}", moved)) == {dtype}
