@@ -42,7 +42,7 @@ def test_the_architecture_is_looked_at_before_the_data_is_tokenized(inputs, tmp_
 def test_as_many_devices_as_divide_the_width_split_the_parameters(inputs, tmp_path, devices, fsdp):
     assert tiny.WITH_TOKENIZER.embed_dim % 8 == 0
     ready = prepare(config(inputs, tmp_path / "run"), DPO, jax.devices()[:devices])
-    assert dict(ready.mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp, "tensor": 1}
+    assert dict(ready.mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp, "tensor": 1, "context": 1}
     assert all(shape.rows % devices == 0 for shape in ready.layout.shapes)
     assert not (tmp_path / "run").exists()
 
