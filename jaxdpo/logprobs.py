@@ -1,50 +1,19 @@
 """Log-probabilities of completion tokens: the one path of every loss, of the reference pass and of evaluation.
 
-Only the hidden states that predict a scored token ("slots") go through the LM head, in chunks of slots, so logits of
-shape `[rows, length, vocab]` never exist. Log-sum-exp and sums are at least float32.
+Only the hidden states that predict a scored token ("slots") go through the LM head (`jaxdpo.lm_head`), so logits of
+shape `[rows, length, vocab]` never exist. Sums are at least float32.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxdpo import lm_head
 from jaxdpo.models import Decoder
-from jaxdpo.models.matmul import multiply, multiply_transposed, wide_dtype
 from jaxdpo.sharding import constrain, lengths_apart, rows_apart
 from jaxdpo.types import Array, Batch
-
-SLOT_CHUNK = 128
-"""Slots of each row that pass the LM head at once: `rows * 128 * vocab` logits are live (25 MiB a row at 49152)."""
-
-
-def _log_sum_sq_probs(logits: jax.Array, log_z: jax.Array, target: jax.Array) -> jax.Array:
-    del target
-    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * log_z
-
-
-def _entropy(logits: jax.Array, log_z: jax.Array, target: jax.Array) -> jax.Array:
-    del target
-    return log_z - (jnp.exp(logits - log_z[..., None]) * logits).sum(axis=-1)
-
-
-def _correct(logits: jax.Array, log_z: jax.Array, target: jax.Array) -> jax.Array:
-    return (logits.argmax(axis=-1) == target).astype(log_z.dtype)
-
-
-STATISTICS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    "log_sum_sq_probs": _log_sum_sq_probs,
-    "entropy": _entropy,
-    "correct": _correct,
-}
-"""What a slot can tell besides its log-prob: `(logits [..., vocab], log-sum-exp of them [...], target [...]) -> [...]`.
-
-`log_sum_sq_probs` is the log of the sum of squared probabilities over the vocabulary, nats, which WPO weighs by;
-`entropy` is that of the prediction, nats; `correct` is 1 where the target is the likeliest token, else 0.
-"""
 
 
 def token_logps(decoder: Decoder, params: dict, batch: Batch) -> jax.Array:
@@ -69,7 +38,7 @@ def token_statistics(
       decoder: the model; static under jit.
       params: its parameters.
       batch: preference trees.
-      statistics: names in `STATISTICS`.
+      statistics: names in `jaxdpo.lm_head.STATISTICS`.
     Returns:
       The log-probs and, by name, the statistics: `[rows, slots]` each, at least float32; 0 in empty slots.
     """
@@ -79,7 +48,7 @@ def token_statistics(
     rows, slots = scored.shape
     parts, apart = math.gcd(rows, rows_apart()), lengths_apart()
     together = rows // parts  # rows whose slots are one list, those in use first, dealt to the devices that share a row
-    chunks = -(-slots // SLOT_CHUNK)
+    chunks = -(-together * slots // (lm_head.SLOT_CHUNK * apart))
     width = -(-together * slots // (chunks * apart))
     total = chunks * width * apart
 
@@ -100,7 +69,7 @@ def token_statistics(
     used = -(-scored.reshape(parts, -1).sum(axis=1).max() // (width * apart))
     target = split(gather(listed(batch.slot_target), order))
     dtype, head = decoder.multiplied_dtype, decoder.head(params)
-    of_chunks = _through_head(dtype, tuple(statistics), head, split(states), target, used)
+    of_chunks = lm_head.head_logps(dtype, tuple(statistics), head, split(states), target, used)
 
     def join(x: jax.Array) -> jax.Array:  # [chunks, parts * apart, width] -> [rows, slots]
         x = jnp.moveaxis(x.reshape(chunks, parts, apart, width), (0, 2), (1, 3)).reshape(parts, total)
@@ -108,90 +77,6 @@ def token_statistics(
         return jnp.where(scored, constrain(x, "batch", None), 0.0)
 
     return jax.tree.map(join, of_chunks)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _through_head(
-    dtype: jnp.dtype,
-    statistics: tuple[str, ...],
-    head: jax.Array,
-    states: jax.Array,
-    target: jax.Array,
-    used: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Log-probs and statistics of chunks of slots.
-
-    The backward pass computes logits again: it writes an array of their size once, and none waits for it. On a mesh the
-    head is gathered once in each pass, in `dtype`; every device sums up the gradient of its own part, which is reduced
-    once.
-
-    Args:
-      dtype: of the factors of matrix products.
-      statistics: names in `STATISTICS`.
-      head: `[vocab, embed]`.
-      states: `[chunks, parts, width, embed]`, one part for each device.
-      target: int `[chunks, parts, width]`.
-      used: how many chunks, the first ones, are computed; the others get 0.
-    Returns:
-      `[chunks, parts, width]` each; gradients are those of the log-probs.
-    """
-    return _head_forward(dtype, statistics, head, states, target, used)[0]
-
-
-def _gathered(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return constrain(head.astype(dtype), "vocab", None)
-
-
-def _logits(head: jax.Array, states: jax.Array) -> jax.Array:
-    """`[parts, width, vocab]` of states `[parts, width, embed]`, at least float32; factors as the head is."""
-    logits = multiply(states.reshape(-1, states.shape[-1]).astype(head.dtype), head, (1, 1))
-    return constrain(logits.astype(wide_dtype(states.dtype)).reshape(*states.shape[:2], -1), "slots", None, "vocab")
-
-
-def _head_forward(
-    dtype: jnp.dtype,
-    statistics: tuple[str, ...],
-    head: jax.Array,
-    states: jax.Array,
-    target: jax.Array,
-    used: jax.Array,
-) -> tuple:
-    rounded = _gathered(head, dtype)
-
-    def add(i: jax.Array, done: tuple) -> tuple:
-        logits = _logits(rounded, states[i])
-        picked = jnp.take_along_axis(logits, target[i][..., None], axis=-1)[..., 0]  # [parts, width]
-        log_z = jax.nn.logsumexp(logits, axis=-1)  # [parts, width]
-        more = picked - log_z, log_z, {name: STATISTICS[name](logits, log_z, target[i]) for name in statistics}
-        return jax.tree.map(lambda x, of_chunk: x.at[i].set(of_chunk), done, more)
-
-    zeros = jnp.zeros(target.shape, wide_dtype(states.dtype))
-    logps, log_z, of_statistics = lax.fori_loop(0, used, add, (zeros, zeros, dict.fromkeys(statistics, zeros)))
-    return (logps, of_statistics), (head, states, target, used, log_z)
-
-
-def _head_backward(dtype: jnp.dtype, statistics: tuple[str, ...], kept: tuple, grads: tuple) -> tuple:
-    del statistics
-    head, states, target, used, log_z = kept
-    rounded = _gathered(head, dtype)
-
-    def add(i: jax.Array, done: tuple) -> tuple:
-        of_head, of_states = done
-        logits = _logits(rounded, states[i])
-        hit = lax.broadcasted_iota(target.dtype, logits.shape, 2) == target[i][..., None]
-        of_logits = grads[0][i][..., None] * (hit - jnp.exp(logits - log_z[i][..., None]))
-        of_logits = constrain(of_logits.astype(dtype), "slots", None, "vocab")
-        flat = of_logits.reshape(-1, len(head))
-        of_chunk = multiply(flat, rounded).reshape(states.shape[1:]).astype(states.dtype)
-        return of_head + by_part(of_logits, states[i]), of_states.at[i].set(of_chunk)
-
-    by_part = jax.vmap(lambda x, y: multiply_transposed(x, y, dtype))
-    zeros = jnp.zeros((states.shape[1], *head.shape), wide_dtype(head.dtype))
-    of_head, of_states = lax.fori_loop(0, used, add, (constrain(zeros, "slots", "vocab", None), jnp.zeros_like(states)))
-    return constrain(of_head.sum(axis=0).astype(head.dtype), "vocab", "embed"), of_states, None, None
-
-
-_through_head.defvjp(_head_forward, _head_backward)
 
 
 def sequence_logps(token_logps: Array, batch: Batch, *, tail_weight: Array | float | None = None) -> jax.Array:

@@ -109,7 +109,7 @@ def make_logp_program(
 
     Args:
       decoder: the model.
-      statistics: names in `jaxdpo.logprobs.STATISTICS`.
+      statistics: names in `jaxdpo.lm_head.STATISTICS`.
       tail_weight: as in `sequence_logps`.
     Returns:
       A function; its sums are `[rows, groups, candidates]` by name: `logps`, and the statistics.

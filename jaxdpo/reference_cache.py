@@ -27,7 +27,7 @@ from jaxdpo.reference import LogpProgram, TokenLogps, scored_slots
 from jaxdpo.reference_store import LogpStore
 from jaxdpo.types import Batch
 
-COMPUTED_BY = ("logprobs.py", "reference.py", "sharding.py", "data/batch.py", "models/*.py")
+COMPUTED_BY = ("lm_head.py", "logprobs.py", "reference.py", "sharding.py", "data/batch.py", "models/*.py")
 """The code that the numbers follow from."""
 
 

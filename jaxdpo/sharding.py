@@ -172,6 +172,12 @@ def lengths_apart() -> int:
     return 1 if mesh.empty else mesh.shape[AXIS_RULES["length"]]
 
 
+def vocab_apart() -> int:
+    """Number of devices that the vocabulary is split over inside jit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[AXIS_RULES["vocab"]]
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Keeps an activation on its mesh axes inside jit; does nothing where no mesh is set.
 

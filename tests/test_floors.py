@@ -1,6 +1,6 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, logprobs, forward, reference, rewards, data, plots
+4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
 -> 1 models, families, sharding -> 0 types, options, config, disk, losses, theory
 """
 
@@ -38,6 +38,7 @@ FLOORS = {
     "hub": 2,
     "hf": 2,
     "gguf": 2,
+    "lm_head": 2,
     "logprobs": 2,
     "forward": 2,
     "reference": 2,
@@ -60,6 +61,7 @@ LIBRARIES = {
         "families",
         "sharding",
         "hf",
+        "lm_head",
         "logprobs",
         "forward",
         "reference",

@@ -1,14 +1,17 @@
 """The preference tree is exact: packed, prefix-shared log-probs equal those of separate passes over each path."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdpo import lm_head
 from jaxdpo.data.pipeline import all_batches
-from jaxdpo.logprobs import SLOT_CHUNK, STATISTICS, candidate_lengths, sequence_logps, token_logps, token_statistics
+from jaxdpo.lm_head import STATISTICS
+from jaxdpo.logprobs import candidate_lengths, sequence_logps, token_logps, token_statistics
 from jaxdpo.models import Decoder
 from tests import tiny
 
@@ -96,21 +99,27 @@ def test_row_length_does_not_matter(row_length):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
-def test_slots_pass_the_head_in_chunks():
-    """More slots than one chunk, not a multiple of it: the same numbers, and no logits of the whole row."""
+def test_slots_and_vocabulary_pass_the_head_in_pieces(monkeypatch):
+    """More of both than one piece, and not a multiple: the same numbers and gradients, and no logits of all of it."""
     data = tiny.dataset(groups=40, longest=12, seed=3)
     layout = tiny.layout(data, row_lengths=[512], tokens=512)
-    (shape,) = layout.shapes
-    assert shape.capacity.slots > SLOT_CHUNK
     decoder = tiny.decoder()
     params = tiny.params(decoder, seed=0)
-    np.testing.assert_allclose(
-        packed(decoder, params, data, layout), packed(decoder, params, data, tiny.layout(data)), rtol=1e-5
-    )
     batch = next(all_batches(data, layout))
-    text = jax.jit(token_logps, static_argnums=0).lower(decoder, params, batch).as_text()
-    whole = f"{shape.rows}x{shape.capacity.slots}x{decoder.config.vocab_size}xf32"
-    assert whole not in text and f"x{decoder.config.vocab_size}xf32" in text
+
+    def of_batch(params):
+        logps, statistics = token_statistics(decoder, params, batch, tuple(STATISTICS))
+        return logps.sum(), (logps, statistics)
+
+    want = jax.jit(jax.grad(of_batch, has_aux=True))(params)
+    monkeypatch.setattr(lm_head, "SLOT_CHUNK", 100)
+    monkeypatch.setattr(lm_head, "VOCAB_BLOCK", 25)
+    slots, vocab = layout.shapes[0].capacity.slots, decoder.config.vocab_size
+    assert slots > 300 and slots % 100 and vocab > 50 and vocab % 25
+    program = jax.jit(jax.grad(lambda params: of_batch(params), has_aux=True)).lower(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), program.compile()(params), want)
+    text = program.as_text()
+    assert f"x{vocab}xf32" not in text and "x25xf32" in text
 
 
 def test_empty_slots_and_absent_candidates_are_zero():

@@ -12,7 +12,7 @@ import optax
 
 from jaxdpo.config import RunConfig
 from jaxdpo.data.packing import Layout
-from jaxdpo.logprobs import SLOT_CHUNK
+from jaxdpo.lm_head import SLOT_CHUNK, VOCAB_BLOCK
 from jaxdpo.models import Decoder
 from jaxdpo.sharding import batch_size_multiple, tokens_apart
 from jaxdpo.types import RunStopped
@@ -27,8 +27,9 @@ USABLE_ELSEWHERE = 0.85
 def activation_bytes(decoder: Decoder, *, rows: int, length: int, slots: int, apart: int = 1) -> int:
     """What a forward and backward pass over packed rows on one device holds besides parameters and gradients.
 
-    It counts what each layer keeps by `decoder.remat`, the arrays of the one layer that is under way, and the logits of
-    one chunk of slots. A device has a part of each of its rows where `apart` of them share their length.
+    It counts what each layer keeps by `decoder.remat`, and the arrays of the one layer that is under way or, if they
+    take more, the logits of one block of the LM head. A device has a part of each of its rows where `apart` of them
+    share their length.
     """
     config, tokens = decoder.config, rows * length // apart
     size = jnp.dtype(decoder.compute_dtype).itemsize
@@ -41,13 +42,15 @@ def activation_bytes(decoder: Decoder, *, rows: int, length: int, slots: int, ap
     between = (6 * config.embed_dim + 4 * (heads + kv_heads) + 3 * config.mlp_dim) * wide  # norms, rotation, activation
     kept["none"] = kept["projections"] + between
     scores = 3 * tokens * config.num_heads * length * wide if decoder.attention == "dense" else 0
+    logits = 2 * min(rows * slots // apart, SLOT_CHUNK) * min(config.vocab_size, VOCAB_BLOCK) * wide
+    at_once = logits if config.head == "lm" else 0  # either those, or one layer
     if decoder.remat == "none":
         layers = config.num_layers * (tokens * kept["none"] + scores)
     else:
-        layers = config.num_layers * tokens * kept[decoder.remat] + tokens * (kept["projections"] + between) + scores
+        layers = config.num_layers * tokens * kept[decoder.remat]
+        at_once = max(at_once, tokens * (kept["projections"] + between) + scores)
     residual = config.num_layers * tokens * config.embed_dim * size
-    logits = 2 * rows * min(slots, SLOT_CHUNK) // apart * config.vocab_size * wide if config.head == "lm" else 0
-    return residual + layers + logits
+    return residual + layers + at_once
 
 
 def state_bytes(params: dict, optimizer: optax.GradientTransformation, *, accumulates: bool, copies: int = 0) -> int:

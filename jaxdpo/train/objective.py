@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo.logprobs import STATISTICS, candidate_lengths, sequence_logps, token_statistics
+from jaxdpo.lm_head import STATISTICS
+from jaxdpo.logprobs import candidate_lengths, sequence_logps, token_statistics
 from jaxdpo.losses import LossSpec, RunningMean
 from jaxdpo.losses.metrics import mean_metrics, preference_metrics, unpaired_metrics
 from jaxdpo.losses.reward_metrics import reward_metrics
@@ -41,7 +42,7 @@ class Outputs(NamedTuple):
     values: Array
     """Log-probs, nats; of a reward model, rewards."""
     statistics: dict[str, Array]
-    """Sums over tokens of whatever else the task asks for, by name in `jaxdpo.logprobs.STATISTICS`."""
+    """Sums over tokens of whatever else the task asks for, by name in `jaxdpo.lm_head.STATISTICS`."""
 
 
 class GroupData(NamedTuple):
@@ -83,7 +84,7 @@ def step_counts(batches: Sequence[Batch]) -> Counts:
 
 
 def statistics_of(loss: LossSpec) -> tuple[str, ...]:
-    """What a loss asks of the LM head besides log-probs: names in `jaxdpo.logprobs.STATISTICS`."""
+    """What a loss asks of the LM head besides log-probs: names in `jaxdpo.lm_head.STATISTICS`."""
     return tuple(name for name in loss.data if name in STATISTICS)
 
 
