@@ -4,6 +4,7 @@
 key/value heads. A query that sees no key (padding) returns zero, never NaN.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,3 +87,47 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
     out = jnp.einsum("rngqk,rknh->rqngh", weights, v, precision=precision)
     return checkpoint_name(out.reshape(rows, length, heads, head_dim), "attention")
+
+
+def cached_attention(
+    q: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    step: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention of one more token of every sample, to its prompt and to the sample so far.
+
+    The queries of a prompt's samples read its keys together.
+
+    Args:
+      q: `[prompts, samples, heads, head_dim]`.
+      prompt: keys and values, `[prompts, kv_heads, length, head_dim]`.
+      own: keys `[prompts, samples, kv_heads, head_dim, capacity]`, and values with the last two axes exchanged.
+      lengths: int `[prompts]`: how many keys of the prompt there are.
+      step: int, the index of the token in its sample; it sees those up to itself.
+      window: sliding window, in tokens up to and including the query.
+    Returns:
+      As `q`.
+    """
+    prompts, samples, heads, head_dim = q.shape
+    kv_heads, length = prompt[0].shape[1:3]
+    capacity = own[1].shape[3]
+    wide, precision = jnp.promote_types(q.dtype, jnp.float32), full_precision(q.dtype)
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
+    q = q.reshape(prompts, samples, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    before = jnp.arange(length)[None] < lengths[:, None]  # [prompts, length]
+    after = jnp.broadcast_to(jnp.arange(capacity)[None] <= step, (prompts, capacity))
+    if window is not None:
+        before &= jnp.arange(length)[None] > (lengths + step)[:, None] - window
+        after &= jnp.arange(capacity)[None] > step - window
+    seen = jnp.concatenate([before, after], axis=1)[:, None, None, None]  # [prompts, 1, 1, 1, length + capacity]
+    logits = jnp.concatenate(
+        [product("psngh,pnlh->psngl", q, prompt[0]), product("psngh,psnhc->psngc", q, own[0])], axis=-1
+    )
+    weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(wide).min / 2), axis=-1).astype(q.dtype)
+    out = product("psngl,pnlh->psngh", weights[..., :length], prompt[1])
+    out = out + product("psngc,psnch->psngh", weights[..., length:], own[1])
+    return out.astype(q.dtype).reshape(prompts, samples, heads, head_dim)
