@@ -19,6 +19,7 @@ from jaxdpo.config import (
     ConvertConfig,
     DPOConfig,
     ExportConfig,
+    GenerateConfig,
     QuickstartConfig,
     RewardConfig,
     RunConfig,
@@ -73,6 +74,12 @@ def _score(config: ScoreConfig) -> None:
     score(config)
 
 
+def _generate(config: GenerateConfig) -> None:
+    from jaxdpo.generate.run import generate
+
+    generate(config)
+
+
 def _audit(config: AuditConfig) -> int:
     from jaxdpo.audit import run_audit
 
@@ -97,6 +104,7 @@ VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "dpo": (DPOConfig, _dpo),
     "reward": (RewardConfig, _reward),
     "score": (ScoreConfig, _score),
+    "generate": (GenerateConfig, _generate),
     "convert": (ConvertConfig, _convert),
     "export": (ExportConfig, _export),
 }
@@ -227,8 +235,12 @@ def _flags(verb: str, config: type, defaults: Mapping[str, Any]) -> type:
     groups: dict[str, list] = {}
     for field in dataclasses.fields(config):
         unset = field.default is None  # the help says in words what happens then
+        alias = field.metadata["alias"]
         arg = tyro.conf.arg(
-            help=field.metadata["help"], metavar=_metavar(hints[field.name]), help_behavior_hint="" if unset else None
+            help=field.metadata["help"],
+            metavar=_metavar(hints[field.name]),
+            help_behavior_hint="" if unset else None,
+            aliases=[alias] if alias else None,
         )
         hint = Annotated[hints[field.name], arg]  # type: ignore[valid-type,name-defined]
         default = defaults.get(field.name, field.default)

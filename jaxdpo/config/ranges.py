@@ -4,7 +4,7 @@ import math
 
 from jaxdpo.options import Ranges
 
-PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint", "output", "json", "plot")
+PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint", "output", "json", "plot", "prompts")
 """Options in which `~` is the home directory."""
 _POSITIVE = ("a whole number of at least 1", lambda v: v >= 1)
 RANGES: Ranges = {
@@ -39,6 +39,13 @@ RANGES: Ranges = {
     "ref_model_mixup_alpha": ("a number in (0, 1]", lambda v: 0 < v <= 1),
     "center_rewards_coefficient": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
     "learning_rate": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "prompts": ("as --data", bool),
+    "num_samples": _POSITIVE,
+    "max_new_tokens": _POSITIVE,
+    "temperature": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "top_k": _POSITIVE,
+    "top_p": ("a number in (0, 1)", lambda v: 0 < v < 1),
+    "min_p": ("a number in (0, 1]", lambda v: 0 < v <= 1),
     "max_grad_norm": ("a finite number of at least 0 (0: no clipping)", lambda v: 0 <= v < math.inf),
 }
 """Option -> what it allows."""

@@ -104,8 +104,8 @@ def cached_attention(
 
     Args:
       q: `[prompts, samples, heads, head_dim]`.
-      prompt: keys and values, `[prompts, kv_heads, length, head_dim]`.
-      own: keys `[prompts, samples, kv_heads, head_dim, capacity]`, and values with the last two axes exchanged.
+      prompt: keys `[prompts, kv_heads, head_dim, length]`, and values with the last two axes exchanged.
+      own: keys `[prompts * samples, kv_heads, head_dim, capacity]`, and values with the last two axes exchanged.
       lengths: int `[prompts]`: how many keys of the prompt there are.
       step: int, the index of the token in its sample; it sees those up to itself.
       window: sliding window, in tokens up to and including the query.
@@ -113,21 +113,27 @@ def cached_attention(
       As `q`.
     """
     prompts, samples, heads, head_dim = q.shape
-    kv_heads, length = prompt[0].shape[1:3]
-    capacity = own[1].shape[3]
-    wide, precision = jnp.promote_types(q.dtype, jnp.float32), full_precision(q.dtype)
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
-    q = q.reshape(prompts, samples, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    kv_heads, _, length = prompt[0].shape[1:]
+    capacity, grouped = own[0].shape[3], heads // kv_heads
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    product = functools.partial(jnp.matmul, precision=full_precision(q.dtype), preferred_element_type=wide)
+    of_row, of_prompt = (prompts * samples, kv_heads, grouped), (prompts, kv_heads, samples * grouped)
+
+    def together(x: jax.Array) -> jax.Array:  # [rows, kv_heads, grouped, n] -> [prompts, kv_heads, samples * grouped, n]
+        return x.reshape(prompts, samples, kv_heads, grouped, -1).swapaxes(1, 2).reshape(*of_prompt, -1)
+
+    def apart(x: jax.Array) -> jax.Array:  # and back
+        return x.reshape(prompts, kv_heads, samples, grouped, -1).swapaxes(1, 2).reshape(*of_row, -1)
+
+    q = (q * head_dim**-0.5).reshape(*of_row, head_dim)
+    logits = jnp.concatenate([apart(product(together(q), prompt[0])), product(q, own[0])], axis=-1)
     before = jnp.arange(length)[None] < lengths[:, None]  # [prompts, length]
     after = jnp.broadcast_to(jnp.arange(capacity)[None] <= step, (prompts, capacity))
     if window is not None:
         before &= jnp.arange(length)[None] > (lengths + step)[:, None] - window
         after &= jnp.arange(capacity)[None] > step - window
-    seen = jnp.concatenate([before, after], axis=1)[:, None, None, None]  # [prompts, 1, 1, 1, length + capacity]
-    logits = jnp.concatenate(
-        [product("psngh,pnlh->psngl", q, prompt[0]), product("psngh,psnhc->psngc", q, own[0])], axis=-1
-    )
-    weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(wide).min / 2), axis=-1).astype(q.dtype)
-    out = product("psngl,pnlh->psngh", weights[..., :length], prompt[1])
-    out = out + product("psngc,psnch->psngh", weights[..., length:], own[1])
+    seen = jnp.repeat(jnp.concatenate([before, after], axis=1), samples, axis=0)[:, None, None]
+    logits = jnp.where(seen, logits, jnp.finfo(wide).min / 2)  # [rows, kv_heads, grouped, length + capacity]
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    out = apart(product(together(weights[..., :length]), prompt[1])) + product(weights[..., length:], own[1])
     return out.astype(q.dtype).reshape(prompts, samples, heads, head_dim)

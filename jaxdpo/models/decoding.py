@@ -42,7 +42,7 @@ class PromptCache(NamedTuple):
     """What samples read of their prompts."""
 
     layers: KeysValues
-    """`[prompts, kv_heads, length, head_dim]` each."""
+    """Keys are `[prompts, kv_heads, head_dim, length]`, values have the last two axes exchanged."""
     lengths: jax.Array
     """int `[prompts]`: tokens of each prompt."""
 
@@ -105,7 +105,7 @@ def prefill(
     layers = []
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        layers.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
+        layers.append((k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
         return form.attend(q, k, v, prepared)
 
     states = _states(decoder, params, tokens, positions, lambda layer: attend)  # [prompts, length, embed]
@@ -113,14 +113,13 @@ def prefill(
     return _logits(decoder, params, last), PromptCache(tuple(layers), lengths)
 
 
-def empty_cache(decoder: Decoder, prompts: int, samples: int, capacity: int) -> KeysValues:
-    """Room for the keys, `[prompts, samples, kv_heads, head_dim, capacity]`, and values, with the last two exchanged."""
+def empty_cache(decoder: Decoder, rows: int, capacity: int) -> KeysValues:
+    """Room for keys, `[rows, kv_heads, head_dim, capacity]`, and values, with the last two axes exchanged."""
     config = decoder.config
-    shape = (prompts, samples, config.num_kv_heads)
 
     def zeros(*sizes: int) -> jax.Array:
-        x = jnp.zeros((*shape, *sizes), decoder.compute_dtype)
-        return constrain(x, "batch", None, "kv_heads", None, None)
+        x = jnp.zeros((rows, config.num_kv_heads, *sizes), decoder.compute_dtype)
+        return constrain(x, "batch", "kv_heads", None, None)
 
     return tuple(
         (zeros(config.head_dim, capacity), zeros(capacity, config.head_dim)) for _ in range(config.num_layers)
@@ -141,7 +140,7 @@ def decode_step(
       decoder: the model.
       params: from `decoding_params`.
       prompt: from `prefill`.
-      own: keys and values of the `step` tokens before, as from `empty_cache`.
+      own: keys and values of the `step` tokens before, of `prompts * samples` rows, as from `empty_cache`.
       tokens: int `[prompts, samples]`.
       step: int, below the capacity of `own`.
     Returns:
@@ -153,14 +152,18 @@ def decode_step(
 
     def of_layer(layer: int) -> Attend:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            q, k, v = (x.reshape(prompts, samples, *x.shape[2:]) for x in (q, k, v))
-            keys = jax.lax.dynamic_update_slice_in_dim(own[layer][0], k[..., None], step, axis=4)
-            values = jax.lax.dynamic_update_slice_in_dim(own[layer][1], v[:, :, :, None], step, axis=3)
+            keys = jax.lax.dynamic_update_slice_in_dim(own[layer][0], k.transpose(0, 2, 3, 1), step, axis=3)
+            values = jax.lax.dynamic_update_slice_in_dim(own[layer][1], v.swapaxes(1, 2), step, axis=2)
             updated.append((keys, values))
             out = cached_attention(
-                q, prompt.layers[layer], updated[layer], prompt.lengths, step, window=decoder.config.sliding_window
+                q.reshape(prompts, samples, *q.shape[2:]),
+                prompt.layers[layer],
+                updated[layer],
+                prompt.lengths,
+                step,
+                window=decoder.config.sliding_window,
             )
-            return out.reshape(prompts * samples, 1, *out.shape[2:])
+            return out.reshape(q.shape)
 
         return attend
 
