@@ -1,6 +1,6 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
+4 cli -> 3 train, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
 -> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
 """
 
@@ -49,6 +49,7 @@ FLOORS = {
     "data": 2,
     "plots": 2,
     "audit": 3,
+    "evaluate": 3,
     "train": 3,
     "cli": 4,
 }
@@ -89,6 +90,7 @@ LIBRARIES = {
     "tqdm": {"audit", "forward", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
+    "scipy": {"evaluate"},
     "numpy": {
         "types",
         "models",
@@ -103,6 +105,7 @@ LIBRARIES = {
         "rewards",
         "data",
         "train",
+        "evaluate",
     },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""
