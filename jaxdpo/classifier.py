@@ -58,10 +58,12 @@ LABEL_SCORES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "log_odds": log_odds,
     "logit": logit,
 }
-"""What a label's reward can be. `probability` is the paper's: it ranks completions by p(positive | x, y), and its reward
-is that of transformers' text-classification pipeline. It saturates: where the classifier is sure, float32 probabilities
-are equal. `log_odds` do not, and `log_probability` does not for texts that are unlikely to have the label. `logit` is
-the only one for a model of one label."""
+"""What a label's reward can be: `(logits [..., labels], label) -> [...]`.
+
+`probability` is the paper's, which ranks completions by p(positive | x, y), and that of transformers' pipelines. Where
+the classifier is sure it saturates, and float32 probabilities are equal; `log_odds` still differ, and so does
+`log_probability` where the label is unlikely. `logit` is the only one for a model of one label.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +134,7 @@ class Classifier:
         if kind not in LABEL_SCORES:
             raise InputError(f"kind is {kind!r}; allowed: {', '.join(LABEL_SCORES)}")
         if len(self.labels) == 1 and kind != "logit":
-            raise InputError(f"kind is {kind!r}, which compares labels, and the model has one; allowed: logit")
+            raise InputError(f"kind is {kind!r}, which compares labels, and the model has one; allowed: 'logit'")
         score, index = LABEL_SCORES[kind], self.labels.index(label)
         return lambda texts: score(self.logits(texts), index)
 

@@ -16,7 +16,6 @@ CLASSIFIERS_GOLDEN = GOLDEN.with_name("classifiers.npz")
 
 def torch_model(config: dict):
     """The transformers model of a case, float32, with the values of `cases.tensor`."""
-    import torch
     import transformers
 
     hf = transformers.AutoConfig.for_model(**{key: value for key, value in config.items() if value is not None})
