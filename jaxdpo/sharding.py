@@ -32,6 +32,10 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "layers": None,
     "positions": None,
+    "words": None,  # an encoder's vocabulary: no head shares it, and RoBERTa's 50265 is odd
+    "token_types": None,
+    "pooled": None,
+    "labels": None,
 }
 """Logical axis -> mesh axis. None: replicated."""
 
