@@ -57,7 +57,7 @@ def best_of_n(selected_by: ArrayLike, rewards: ArrayLike | None = None, *, n: in
 
 
 def best_of_n_kl(n: int) -> float:
-    """At most so far is Best-of-N from the policy that it samples: `log n - (n - 1) / n` nats; exactly, without ties."""
+    """How far Best-of-N is at most from the policy that it samples: `log n - (n - 1) / n` nats; so far without ties."""
     if n < 1:
         raise InputError(f"n is {n}; allowed: at least 1")
     return math.log(n) - (n - 1) / n
