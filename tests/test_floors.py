@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
--> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
+4 cli -> 3 train, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data,
+plots -> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -46,9 +46,11 @@ FLOORS = {
     "reference_cache": 2,
     "reference_store": 2,
     "rewards": 2,
+    "classifier": 2,
     "data": 2,
     "plots": 2,
     "audit": 3,
+    "evaluate": 3,
     "train": 3,
     "cli": 4,
 }
@@ -68,13 +70,14 @@ LIBRARIES = {
         "reference",
         "reference_cache",
         "rewards",
+        "classifier",
         "train",
     },
     "chex": {"losses", "theory"},
     "flax": {"models"},
     "safetensors": {"hf"},
     "gguf": {"gguf"},
-    "transformers": {"hf", "gguf"},
+    "transformers": {"hf", "gguf", "classifier"},
     "tokenizers": {"gguf"},
     "huggingface_hub": {"data", "hub"},
     "filelock": {"reference_store"},
@@ -89,6 +92,7 @@ LIBRARIES = {
     "tqdm": {"audit", "forward", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
+    "scipy": {"evaluate"},
     "numpy": {
         "types",
         "models",
@@ -101,8 +105,10 @@ LIBRARIES = {
         "reference_cache",
         "reference_store",
         "rewards",
+        "classifier",
         "data",
         "train",
+        "evaluate",
     },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""
