@@ -42,8 +42,20 @@ def token_statistics(
     Returns:
       The log-probs and, by name, the statistics: `[rows, slots]` each, at least float32; 0 in empty slots.
     """
+    return slot_statistics(decoder, params, decoder.hidden(params, batch), batch, statistics)
+
+
+def slot_statistics(
+    decoder: Decoder, params: dict, hidden: jax.Array, batch: Batch, statistics: Sequence[str] = ()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`token_statistics` of states that are known: for models that have another head on them.
+
+    Args:
+      decoder, params, batch, statistics: as in `token_statistics`.
+      hidden: `[rows, length, embed]`, from `decoder.hidden`.
+    """
     # Whole rows: slots are anywhere in them.
-    hidden = constrain(decoder.hidden(params, batch), "batch", None, None)  # [rows, length, embed]
+    hidden = constrain(hidden, "batch", None, None)  # [rows, length, embed]
     scored = batch.slot_owner < batch.candidate_mask.shape[1] * batch.candidate_mask.shape[2]
     rows, slots = scored.shape
     parts, apart = math.gcd(rows, rows_apart()), lengths_apart()

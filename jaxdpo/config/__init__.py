@@ -7,6 +7,7 @@ of range. Nothing here imports jax.
 from jaxdpo.config.dpo import DPOConfig
 from jaxdpo.config.names import Attention, Divergence, DType, Format, Logger, Loss, Optimizer, Remat, Resume
 from jaxdpo.config.generate import GenerateConfig
+from jaxdpo.config.ppo import PPOOptions
 from jaxdpo.config.run import RunConfig
 from jaxdpo.config.sampling import SamplingConfig
 from jaxdpo.config.sft import RewardConfig, SFTConfig
@@ -25,6 +26,7 @@ __all__ = [
     "Logger",
     "Loss",
     "Optimizer",
+    "PPOOptions",
     "QuickstartConfig",
     "Remat",
     "Resume",

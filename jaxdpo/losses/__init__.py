@@ -43,6 +43,7 @@ from jaxdpo.losses.reward import bradley_terry_loss
 from jaxdpo.losses.reward_metrics import reward_metrics
 from jaxdpo.losses.spec import LossSpec, RunningMean
 from jaxdpo.losses.table import LOSSES, REWARD_LOSSES
+from jaxdpo.losses.token_rewards import next_kl_coef, token_rewards, whiten
 from jaxdpo.losses.transport import aot_loss, aot_unpaired_loss
 from jaxdpo.losses.unpaired import bco_loss, bco_running, kto_loss, update_running_mean
 from jaxdpo.losses.weighting import length_desensitized_logps, wpo_weights
@@ -83,6 +84,7 @@ __all__ = [
     "length_desensitized_logps",
     "mean_metrics",
     "nca_loss",
+    "next_kl_coef",
     "orpo_loss",
     "over_all_pairs",
     "plackett_luce_dpo_loss",
@@ -97,10 +99,12 @@ __all__ = [
     "sigmoid_norm_loss",
     "simpo_loss",
     "sppo_hard_loss",
+    "token_rewards",
     "unlikelihood_loss",
     "unpaired_metrics",
     "update_running_mean",
     "weighted_by_policy",
+    "whiten",
     "with_divergence",
     "wpo_weights",
 ]

@@ -65,6 +65,28 @@ def candidate_arrays(
     return tuple(jnp.where(exists, value.astype(dtype), 0) for value in values.values()), exists
 
 
+def token_arrays(where: ArrayLike | None, **arrays: ArrayLike) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Arrays in one float dtype with 0 at every token that is not real, and which tokens are real, `[..., tokens]`."""
+    values = {name: jnp.asarray(array) for name, array in arrays.items()}
+    first, *others = values
+    shape = values[first].shape
+    for name in others:
+        with explain(
+            f"{name} has shape {values[name].shape}, {first} has {shape}; allowed: equal shapes [..., tokens]; "
+            "pass one number per token in both"
+        ):
+            chex.assert_equal_shape([values[name], values[first]])
+    real = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    with explain(
+        f"where is {real.dtype} of shape {real.shape}; allowed: bool of the shape of {first}, {shape}; "
+        "pass the token mask, one bool per token"
+    ):
+        chex.assert_type(real, bool)
+        chex.assert_shape(real, shape)
+    dtype = jnp.float64 if any(value.dtype == jnp.float64 for value in values.values()) else jnp.float32
+    return tuple(jnp.where(real, value.astype(dtype), 0) for value in values.values()), real
+
+
 def option(name: str, value: ArrayLike, allowed: str, holds: Callable[[float], bool], dtype: jnp.dtype) -> jax.Array:
     """A scalar option in the data's dtype, its range checked where it is a plain number (a traced value has none yet).
 

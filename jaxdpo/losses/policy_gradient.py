@@ -22,38 +22,15 @@ The defaults are those of TRL's PPO, whose names are `cliprange`, `cliprange_val
 import math
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxdpo.losses._core import explain, option
+from jaxdpo.losses._core import option, token_arrays
 
 MAX_LOG_RATIO = 40.0
 """Probability ratios are clamped to e^40, the square of which still is a float32; a token at it has no gradient
 through the ratio. Clipping at 1 ± 0.2 has long ended PPO's interest in it."""
-
-
-def _token_arrays(where: ArrayLike | None, **arrays: ArrayLike) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Arrays in one float dtype with 0 at every token that is not real, and which tokens are real, `[..., tokens]`."""
-    values = {name: jnp.asarray(array) for name, array in arrays.items()}
-    first, *others = values
-    shape = values[first].shape
-    for name in others:
-        with explain(
-            f"{name} has shape {values[name].shape}, {first} has {shape}; allowed: equal shapes [..., tokens]; "
-            "pass one number per token in both"
-        ):
-            chex.assert_equal_shape([values[name], values[first]])
-    real = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
-    with explain(
-        f"where is {real.dtype} of shape {real.shape}; allowed: bool of the shape of {first}, {shape}; "
-        "pass the token mask, one bool per token"
-    ):
-        chex.assert_type(real, bool)
-        chex.assert_shape(real, shape)
-    dtype = jnp.float64 if any(value.dtype == jnp.float64 for value in values.values()) else jnp.float32
-    return tuple(jnp.where(real, value.astype(dtype), 0) for value in values.values()), real
 
 
 def _clip_range(value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
@@ -88,7 +65,7 @@ def ppo_policy_loss(
       >>> print(ppo_policy_loss(jnp.log(jnp.array([2.0, 2.0])), jnp.zeros(2), jnp.array([1.0, -1.0])))  # one is clipped
       [-1.2  2. ]
     """
-    (new, old, gain), real = _token_arrays(where, logps=logps, old_logps=old_logps, advantages=advantages)
+    (new, old, gain), real = token_arrays(where, logps=logps, old_logps=old_logps, advantages=advantages)
     clip_range = _clip_range(clip_range, new.dtype)
     old, gain = jax.lax.stop_gradient((old, gain))
     ratio = jnp.exp(jnp.minimum(new - old, MAX_LOG_RATIO))
@@ -125,7 +102,7 @@ def ppo_value_loss(
       >>> print(loss)  # 0.5 ** 2 / 2, not 0.25 ** 2 / 2
       [0.125]
     """
-    (new, old, target), _ = _token_arrays(where, values=values, old_values=old_values, returns=returns)
+    (new, old, target), _ = token_arrays(where, values=values, old_values=old_values, returns=returns)
     clip_range = _clip_range(clip_range, new.dtype)
     old, target = jax.lax.stop_gradient((old, target))
     clipped = old + jnp.clip(new - old, -clip_range, clip_range)
@@ -161,7 +138,7 @@ def generalized_advantages(
       >>> print(advantages, returns)  # surprises are 0.25 and 0.5
       [0.5 0.5] [0.75 1.  ]
     """
-    (rewards, values), real = _token_arrays(where, rewards=rewards, values=values)
+    (rewards, values), real = token_arrays(where, rewards=rewards, values=values)
     discount = option("discount", discount, "0 to 1, such as 1", lambda d: 0 <= d <= 1, rewards.dtype)
     decay = option("gae_lambda", gae_lambda, "0 to 1, such as 0.95", lambda x: 0 <= x <= 1, rewards.dtype)
     following = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], axis=-1)
@@ -195,7 +172,7 @@ def kl_k1(logps: ArrayLike, ref_logps: ArrayLike, *, where: ArrayLike | None = N
       >>> print(kl_k1(jnp.array([-1.0]), jnp.array([-3.0])))
       [2.]
     """
-    (policy, reference), _ = _token_arrays(where, logps=logps, ref_logps=ref_logps)
+    (policy, reference), _ = token_arrays(where, logps=logps, ref_logps=ref_logps)
     return policy - reference
 
 
