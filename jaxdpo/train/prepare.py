@@ -30,6 +30,7 @@ from jaxdpo.train.loop import Schedule
 from jaxdpo.train.memory import choose_remat, state_bytes
 from jaxdpo.train.objective import Task
 from jaxdpo.train.optimizer import make_optimizer, warmup_schedule
+from jaxdpo.train.profile import steps_to_profile
 from jaxdpo.train.run_dir import RunDir
 from jaxdpo.types import InputError
 
@@ -146,6 +147,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
         model = dataclasses.replace(model, remat=config.remat)
     epochs = config.epochs or (1 if config.max_steps is None else None)
     total = config.max_steps or order.num_steps_per_epoch * (epochs or 1)
+    steps_to_profile(config.profiled_steps, 0, total)
     save_every = config.save_every or math.ceil(total / SAVES)
     config = dataclasses.replace(
         config,

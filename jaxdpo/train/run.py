@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import time
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +21,19 @@ from jaxdpo.reference_cache import reference_facts, stored_logps, tokens_digest
 from jaxdpo.train.checkpoint import Checkpoints, abstract, load_params, read_meta
 from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
 from jaxdpo.train.export import keep_model_files
+from jaxdpo.train.flops import peak_of, useful_flops
 from jaxdpo.train.loggers import check_loggers, open_loggers
-from jaxdpo.train.loop import MovingReference, Objective, Timing, train
+from jaxdpo.train.loop import MovingReference, Objective, train
 from jaxdpo.train.memory import memory_advice
 from jaxdpo.train.optimizer import make_optimizer
 from jaxdpo.train.prepare import Data, Prepared, Recipe, prepare
-from jaxdpo.train.run_dir import RunDir, claim, write_config
+from jaxdpo.train.profile import Profile, steps_to_profile
+from jaxdpo.train.run_dir import RunDir, claim, stored_config, write_config
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.train.step import make_programs
-from jaxdpo.train.writer import read_metrics
+from jaxdpo.train.stopwatch import Compilations, Stopwatch
+from jaxdpo.train.watch import Usage, Watch
+from jaxdpo.train.writer import last_step, read_metrics
 from jaxdpo.types import InputError
 
 REF_MODEL_MIXUP_ALPHA = 0.6
@@ -47,8 +51,8 @@ class RunResult(NamedTuple):
     """Held-out pairs under the trained policy."""
     seconds: float
     """Of this call, from its first line to the export."""
-    timing: Timing | None
-    """Of its steps; None if there were none left to do."""
+    usage: Usage | None
+    """Of time and devices until the end of training; None if there were no steps left to do."""
 
 
 def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -65,10 +69,16 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
       RunStopped: if policy and reference are not computed alike: the first loss is not that of equal ones; or if a
         disk is full or read-only, or a device out of memory.
     """
-    began = time.perf_counter()
+    with Compilations() as compilations:
+        return _run(config, recipe, jax.devices() if devices is None else devices, Stopwatch(compilations))
+
+
+def _run(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device], stopwatch: Stopwatch) -> RunResult:
+    """`run_training`, its time told by phase."""
     check_loggers(config.loggers)
     config, run = claim(config), RunDir(Path(config.output_dir))
-    ready = prepare(config, recipe, jax.devices() if devices is None else devices)
+    again = run.config.exists() and stored_config(run, type(config)).profile == config.profile
+    ready = prepare(config, recipe, devices)
     config, data, schedule, loss = ready.config, ready.data, ready.schedule, ready.loss
     layout, order, mesh, scalars = ready.layout, ready.order, ready.mesh, recipe.scalars(ready.config)
     task = recipe.task(ready.model, loss)
@@ -79,28 +89,38 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         contextlib.closing(Checkpoints(run.checkpoints, ready.meta, keep_best=recipe.keep_best)) as checkpoints,
     ):
         start = _starting_step(checkpoints, schedule.total)
+        profile = Profile(run.profile, steps_to_profile(config.profiled_steps, start, schedule.total, again=again))
         write_config(run, config)
         keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
         params = ready.params if start else recipe.start(ready)  # a resumed run has its own below
+        stopwatch.lap("start")
         reference = _reference(config, ready, start)
+        stopwatch.lap("reference")
         state = init_state(params, optimizer, mesh, loss=loss, moving_reference=_moving(config))
         del params
         before = held_out = None
+        stopwatch.lap("start")
         if len(data) > 1:
             before, held_out = held_out_evaluation(
                 task, scalars, data[1].dataset, layout, state, reference=reference.held_out
             )
+        stopwatch.lap("evaluation")
         objective = Objective(loss, scalars, reference.training, str(config.dtype), data[0].dataset.groups)
         if start:
             state = _resumed(state, checkpoints)
+        redone = last_step(run.metrics)  # before the rows behind the checkpoint are cut
         name, options = config.run_name or run.root.absolute().name, dataclasses.asdict(config)
         with contextlib.closing(
             open_loggers(config.loggers, run.root, run_name=name, config=options, resume_step=start)
         ) as writer:
             if before is not None and start == 0:
                 writer.write({"step": 0, **before.metrics})
-            state, after, timing = train(
+            stopwatch.lap("start")
+            flops = functools.partial(useful_flops, ready.model.config, reference=config.reference_at_every_step)
+            peak = peak_of(mesh.local_devices[0], str(ready.model.multiplied_dtype))
+            watch = Watch(stopwatch, flops, peak, mesh, profile, redone=redone)
+            state, after = train(
                 state,
                 make_programs(task, optimizer, jax.tree.map(lambda x: x.sharding, state)),
                 prefetched(data[0].dataset, order, layout, start, schedule.total),
@@ -109,7 +129,9 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
                 evaluate=held_out,
                 writer=writer,
                 checkpoints=checkpoints,
+                watch=watch,
             )
+            usage = watch.usage()
         if recipe.keep_best and checkpoints.best_step not in (None, schedule.total):
             print(f"best       step {checkpoints.best_step}: highest {recipe.keep_best}")
             state, after = _best(state, checkpoints), None
@@ -119,7 +141,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         title = f"{config.model}, {config.objective} on {Path(config.data).name}"
         with writing(run.curves):
             plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
-    return RunResult(schedule.total, before, after, time.perf_counter() - began, timing)
+    return RunResult(schedule.total, before, after, stopwatch.elapsed, usage)
 
 
 def _moving(config: RunConfig) -> bool:

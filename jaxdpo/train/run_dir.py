@@ -4,6 +4,7 @@ config.yaml     the resolved configuration; the same command with `--config` on 
 metrics.jsonl   one object per optimizer step
 tensorboard/    the same for TensorBoard, if asked for; run_id names the run to other loggers
 curves.png      the same as a picture
+profile/        a trace of some steps by jax's profiler, if asked for
 checkpoints/    Orbax
 model/          the model's Hugging Face configuration and tokenizer, without weights
 export/         the trained model in Hugging Face format
@@ -32,6 +33,7 @@ MAY_DIFFER = frozenset(
         "save_every",
         "eval_every",
         "report_to",
+        "profile",
         "run_name",
         "remat",
         "mesh",
@@ -77,6 +79,11 @@ class RunDir:
     def curves(self) -> Path:
         """The metrics as a picture."""
         return self.root / "curves.png"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of jax's profiler."""
+        return self.root / "profile"
 
     @property
     def checkpoints(self) -> Path:

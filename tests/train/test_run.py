@@ -12,6 +12,7 @@ from jaxdpo.data.plan import StepPlan
 from jaxdpo.train import run
 from jaxdpo.train.dpo import run_dpo
 from jaxdpo.train.run import groups_of_steps
+from tests import tiny
 
 
 @pytest.fixture
@@ -25,11 +26,8 @@ def trained(inputs, tmp_path, monkeypatch, capsys):
         config = DPOConfig(**{**files, "output_dir": str(tmp_path / name), **recipe, **options})
         run_dpo(config, devices=jax.devices()[:1])
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        timeless = [
-            {key: value for key, value in row.items() if key not in ("pairs_per_second", "data_wait")} for row in rows
-        ]
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference")]
-        return timeless, [line.split(" from the cache ")[0].removeprefix("reference  ") for line in said]
+        return tiny.timeless(rows), [line.split(" from the cache ")[0].removeprefix("reference  ") for line in said]
 
     return call
 
