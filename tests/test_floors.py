@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data, plots
--> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
+4 cli -> 3 train, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data,
+plots -> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -50,6 +50,7 @@ FLOORS = {
     "data": 2,
     "plots": 2,
     "audit": 3,
+    "evaluate": 3,
     "train": 3,
     "cli": 4,
 }
@@ -91,6 +92,7 @@ LIBRARIES = {
     "tqdm": {"audit", "forward", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
+    "scipy": {"evaluate"},
     "numpy": {
         "types",
         "models",
@@ -106,6 +108,7 @@ LIBRARIES = {
         "classifier",
         "data",
         "train",
+        "evaluate",
     },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""
