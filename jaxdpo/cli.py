@@ -6,6 +6,7 @@ The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is i
 import dataclasses
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,8 @@ def _reward(config: RewardConfig) -> None:
 def _report(config: RunConfig, result: Any) -> None:
     from jaxdpo.train.report import print_report
 
-    print_report(result, config)
+    if _speaks():
+        print_report(result, config)
 
 
 def _quickstart(config: QuickstartConfig) -> None:
@@ -132,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxdpo: error: {error}", file=sys.stderr)
         return 2
     except RunInterrupted as error:
-        print(f"jaxdpo: interrupted: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"jaxdpo: interrupted: {error}", file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt as error:
         name, number = ("SIGTERM", 15) if isinstance(error, Terminated) else ("Ctrl-C", 2)
@@ -148,17 +151,28 @@ def console() -> None:
     """The command `jaxdpo`: `main`, as a process.
 
     What XLA compiles is kept on disk, unless jax was told where. After an interruption the process ends without the
-    interpreter's clean-up, which crashes where the signal came while XLA was compiling (jax 0.10.2).
+    interpreter's clean-up, which crashes where the signal came while XLA was compiling (jax 0.10.2); so does one of
+    several processes that fails alone, as jax would wait for the others.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_root() / "programs")
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
-    status = main()
-    if status in INTERRUPTED:
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    alone = bool(status) and "jaxdpo.processes" in sys.modules and not sys.modules["jaxdpo.processes"].ended()
+    if alone or status in INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that prints for all; asked when a command has run."""
+    return "jaxdpo.processes" not in sys.modules or sys.modules["jaxdpo.processes"].is_main()
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:

@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
 4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
--> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
+-> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -36,6 +36,7 @@ FLOORS = {
     "models": 1,
     "families": 1,
     "sharding": 1,
+    "processes": 1,
     "hub": 2,
     "hf": 2,
     "gguf": 2,
@@ -61,6 +62,7 @@ LIBRARIES = {
         "models",
         "families",
         "sharding",
+        "processes",
         "hf",
         "lm_head",
         "logprobs",
@@ -94,6 +96,7 @@ LIBRARIES = {
         "models",
         "families",
         "sharding",
+        "processes",
         "hf",
         "gguf",
         "forward",

@@ -1,13 +1,14 @@
 """The training loop: batch, step, check, log, evaluate, save."""
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tqdm
 
+from jaxdpo import processes
 from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.losses import LossSpec
 from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, slot_logps
@@ -116,7 +117,8 @@ def train(
     mesh = state.mesh
     evaluation = timing = None
     compiled: set[tuple] = set()
-    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step")
+    quiet = not processes.is_main()
+    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step", disable=quiet)
     with progress as bar, Interruption() as stop:
         began = time.perf_counter()
         for step, batches in steps:
@@ -150,8 +152,9 @@ def train(
             if evaluate and (last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0)):
                 evaluation = evaluated = evaluate(state)
                 row |= evaluated.metrics
-            writer.write(row)
-            stopping = stop.requested  # read once: a signal that comes during the save waits for the next step
+            with processes.together():
+                writer.write(row)
+            stopping = _signal_of_any(stop)  # read once: one that comes during the save waits for the next step
             due = last or stopping or (step + 1) % schedule.save_every == 0
             if due or (evaluated and schedule.save_evaluated):
                 checkpoints.save(state, evaluated.metrics if evaluated else None)
@@ -162,9 +165,15 @@ def train(
             if stopping:
                 break
         checkpoints.wait()
-        if stop.signal is not None:
-            raise RunInterrupted(_interrupted(stop.signal.name, checkpoints, schedule.total), stop.signal)
+        if (number := _signal_of_any(stop)) is not None:
+            raise RunInterrupted(_interrupted(number.name, checkpoints, schedule.total), number)
     return state, evaluation, timing
+
+
+def _signal_of_any(stop: Interruption) -> signal.Signals | None:
+    """The signal that came to one of the processes: all of them stop after the same step."""
+    number = processes.largest(stop.signal or 0)
+    return signal.Signals(number) if number else None
 
 
 def _timed(timing: Timing | None, seconds: float, waited: float, *, compiles: bool) -> Timing:
@@ -210,7 +219,7 @@ def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microb
 
 def _loss_at_reference(microbatches: Sequence[Microbatch], objective: Objective) -> float:
     """The loss of a step whose policy has the reference's log-probs."""
-    parts = jax.device_get([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
+    parts = processes.fetch([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
     data: GroupData = joined_groups(parts, [part.where.any(axis=-1) for part in parts])
     shared = {} if objective.loss.running is None else {"baseline": 0.0}  # all rewards are 0
     losses = group_losses(objective.loss, Outputs(data.ref_logps, {}), data, objective.scalars, shared)

@@ -1,7 +1,6 @@
 """One training run, from raw records to an exported Hugging Face directory. It reads top to bottom."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,22 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo import plots
+from jaxdpo import plots, processes
 from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.pipeline import prefetched
 from jaxdpo.data.plan import StepPlan
 from jaxdpo.disk import writing
 from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, make_logp_program
 from jaxdpo.reference_cache import reference_facts, stored_logps, tokens_digest
+from jaxdpo.train.agreement import claim_together, create_together
 from jaxdpo.train.checkpoint import Checkpoints, abstract, load_params, read_meta
 from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
 from jaxdpo.train.export import keep_model_files
-from jaxdpo.train.loggers import check_loggers, open_loggers
+from jaxdpo.train.loggers import Loggers, check_loggers, open_loggers
 from jaxdpo.train.loop import MovingReference, Objective, Timing, train
 from jaxdpo.train.memory import memory_advice
 from jaxdpo.train.optimizer import make_optimizer
 from jaxdpo.train.prepare import Data, Prepared, Recipe, prepare
-from jaxdpo.train.run_dir import RunDir, claim, write_config
+from jaxdpo.train.run_dir import RunDir, stated, write_config
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.train.step import make_programs
 from jaxdpo.train.writer import read_metrics
@@ -67,20 +67,29 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
     """
     began = time.perf_counter()
     check_loggers(config.loggers)
-    config, run = claim(config), RunDir(Path(config.output_dir))
-    ready = prepare(config, recipe, jax.devices() if devices is None else devices)
+    processes.start(config.coordinator, config.num_processes, config.process_id)
+    with processes.only_main_prints():
+        return _run(config, recipe, jax.devices() if devices is None else devices, began)
+
+
+def _run(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device], began: float) -> RunResult:
+    """`run_training` on processes that are connected."""
+    config, run = claim_together(config), RunDir(Path(config.output_dir))
+    ready = prepare(config, recipe, devices)
     config, data, schedule, loss = ready.config, ready.data, ready.schedule, ready.loss
     layout, order, mesh, scalars = ready.layout, ready.order, ready.mesh, recipe.scalars(ready.config)
     task = recipe.task(ready.model, loss)
-    run.create()
+    create_together(run)
     with (
         jax.set_mesh(mesh),
         memory_advice(config),
         contextlib.closing(Checkpoints(run.checkpoints, ready.meta, keep_best=recipe.keep_best)) as checkpoints,
     ):
         start = _starting_step(checkpoints, schedule.total)
-        write_config(run, config)
-        keep_model_files(run, ready.source, ready.tokenizer)
+        with processes.together():
+            if processes.is_main():
+                write_config(run, config)
+                keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
         params = ready.params if start else recipe.start(ready)  # a resumed run has its own below
         reference = _reference(config, ready, start)
@@ -94,10 +103,7 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         objective = Objective(loss, scalars, reference.training, str(config.dtype), data[0].dataset.groups)
         if start:
             state = _resumed(state, checkpoints)
-        name, options = config.run_name or run.root.absolute().name, dataclasses.asdict(config)
-        with contextlib.closing(
-            open_loggers(config.loggers, run.root, run_name=name, config=options, resume_step=start)
-        ) as writer:
+        with contextlib.closing(_loggers(config, run, start)) as writer:
             if before is not None and start == 0:
                 writer.write({"step": 0, **before.metrics})
             state, after, timing = train(
@@ -110,16 +116,28 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
                 writer=writer,
                 checkpoints=checkpoints,
             )
-        if recipe.keep_best and checkpoints.best_step not in (None, schedule.total):
-            print(f"best       step {checkpoints.best_step}: highest {recipe.keep_best}")
-            state, after = _best(state, checkpoints), None
+        best = checkpoints.best_step if recipe.keep_best else None
+        if best not in (None, schedule.total):
+            print(f"best       step {best}: highest {recipe.keep_best}")
+            state, after = _best(state, checkpoints.directory / str(best)), None
         if held_out is not None and after is None:  # of the best, or the run was complete already
             after = held_out(state)
         recipe.export(run, ready, state.params)
         title = f"{config.model}, {config.objective} on {Path(config.data).name}"
-        with writing(run.curves):
-            plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
+        with processes.together(), writing(run.curves):
+            if processes.is_main():
+                plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
     return RunResult(schedule.total, before, after, time.perf_counter() - began, timing)
+
+
+def _loggers(config: RunConfig, run: RunDir, start: int) -> Loggers:
+    """Where the rows of a run go; on other processes than 0 nowhere."""
+    writer = Loggers()
+    with processes.together():
+        if processes.is_main():
+            name = config.run_name or run.root.absolute().name
+            writer = open_loggers(config.loggers, run.root, run_name=name, config=stated(config), resume_step=start)
+    return writer
 
 
 def _moving(config: RunConfig) -> bool:
@@ -188,9 +206,10 @@ def groups_of_steps(order: StepPlan, start: int, stop: int) -> np.ndarray:
 
 def _starting_step(checkpoints: Checkpoints, total: int) -> int:
     """Step of the latest checkpoint, 0 without one; InputError if model or data are not those it was saved with."""
-    if checkpoints.latest_step is None:
+    latest = checkpoints.latest_step
+    if latest is None:
         return 0
-    path = checkpoints.directory / str(checkpoints.latest_step)
+    path = checkpoints.directory / str(latest)
     saved = read_meta(path)
     for name, what in (
         ("data", "data"),
@@ -211,11 +230,11 @@ def _starting_step(checkpoints: Checkpoints, total: int) -> int:
     return saved["step"]
 
 
-def _best(state: TrainState, checkpoints: Checkpoints) -> TrainState:
-    """The last state with the best checkpoint's parameters."""
+def _best(state: TrainState, checkpoint: Path) -> TrainState:
+    """The last state with a checkpoint's parameters."""
     like = abstract(state.params)
     jax.tree.map(lambda x: x.delete(), state.params)
-    return state._replace(params=load_params(checkpoints.directory / str(checkpoints.best_step), like))
+    return state._replace(params=load_params(checkpoint, like))
 
 
 def _resumed(state: TrainState, checkpoints: Checkpoints) -> TrainState:
