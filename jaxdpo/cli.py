@@ -6,7 +6,6 @@ The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is i
 import dataclasses
 import os
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from jaxdpo.config import (
     SFTConfig,
 )
 from jaxdpo.hub import cache_root
-from jaxdpo.options import check_words, from_mapping
+from jaxdpo.options import check_words, config_path, from_mapping
 from jaxdpo.train.interrupt import Terminated, terminable
 from jaxdpo.types import InputError, RunInterrupted, RunStopped
 
@@ -53,8 +52,7 @@ def _reward(config: RewardConfig) -> None:
 def _report(config: RunConfig, result: Any) -> None:
     from jaxdpo.train.report import print_report
 
-    if _speaks():
-        print_report(result, config)
+    print_report(result, config)
 
 
 def _quickstart(config: QuickstartConfig) -> None:
@@ -157,11 +155,7 @@ def console() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_root() / "programs")
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
-    try:
-        status = main()
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    status = main()
     alone = bool(status) and "jaxdpo.processes" in sys.modules and not sys.modules["jaxdpo.processes"].ended()
     if alone or status in INTERRUPTED:
         sys.stdout.flush()
@@ -188,7 +182,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         raise InputError(
             f"unknown command {argv[0]!r}; allowed: jaxdpo {', '.join(VERBS)}; jaxdpo --help says what for"
         )
-    path = _config_path(argv)
+    path = config_path(argv)
     if verb is not None and not {"-h", "--help"} & set(argv):
         check_words(VERBS[verb][0], argv[1:], f"jaxdpo {verb}", others=["--config"] if verb in CONFIG_VERBS else [])
     if path is not None and verb in CONFIG_VERBS:
@@ -216,14 +210,6 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         if field.name != "config"
     }
     return verb, VERBS[verb][0](**_settle_length(values, from_file))
-
-
-def _config_path(argv: Sequence[str]) -> str | None:
-    given = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    given += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    if len(given) > 1:
-        raise InputError(f"--config is given {len(given)} times ({', '.join(given)}); allowed: once; merge the files")
-    return os.path.expanduser(given[0]) if given else None
 
 
 def _settle_length(values: dict[str, Any], from_file: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ CONNECT_SECONDS = 300
 """How long processes wait for each other at the start."""
 PART_SECONDS = 10
 """How long one that ends with an error waits for the others to end too; it cannot know whether they do."""
+EXIT_SECONDS = 60
+"""How long jax lets one that ends well wait for the others, before it aborts it."""
 WIDTH = 1024
 """Texts that processes exchange are padded to a multiple of so many bytes: a program is compiled for each size."""
 
@@ -59,6 +61,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
             process_id,
             cluster_detection_method=detection,
             initialization_timeout=CONNECT_SECONDS,
+            shutdown_timeout_seconds=EXIT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         where = "as the cluster says" if coordinator is None else f"{num_processes} at {coordinator}"
