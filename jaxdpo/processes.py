@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import secrets
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -47,29 +49,44 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
       num_processes: how many there are; 1: this one runs alone, whatever the environment says.
       process_id: which this one is, from 0.
     Raises:
-      InputError: if they do not find each other, or jax has been used already.
+      InputError: if it cannot connect, or jax has been used already. If others do not come, this process ends with a
+        message and status 2: jax would abort it.
     """
     if jax.distributed.is_initialized() or num_processes == 1 or (coordinator is None and _detected() == 1):
         return
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     detection = None if coordinator is None else "deactivate"
+    where = "as the cluster says" if coordinator is None else f"{num_processes} at {coordinator}"
+    patience = threading.Timer(CONNECT_SECONDS, _give_up, [where])
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             cluster_detection_method=detection,
-            initialization_timeout=CONNECT_SECONDS,
+            initialization_timeout=CONNECT_SECONDS + EXIT_SECONDS,
             shutdown_timeout_seconds=EXIT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        where = "as the cluster says" if coordinator is None else f"{num_processes} at {coordinator}"
-        raise InputError(
-            f"the processes ({where}) cannot be connected: {str(error).splitlines()[0]}; fix: start all of them within "
-            f"{CONNECT_SECONDS} s, with one address of process 0 that all of them reach and that is free, before jax "
-            "is used; --num-processes 1 --process-id 0 --coordinator localhost:1 runs this one alone"
-        ) from error
+        raise InputError(_apart(where, str(error).splitlines()[0])) from error
+    finally:
+        patience.cancel()
+
+
+def _apart(where: str, why: str) -> str:
+    return (
+        f"the processes ({where}) cannot be connected: {why}; fix: start all of them within {CONNECT_SECONDS} s, with "
+        "one address of process 0 that is free and that all of them reach, before jax is used; --coordinator "
+        "localhost:1 --num-processes 1 --process-id 0 runs this one alone"
+    )
+
+
+def _give_up(where: str) -> None:
+    print(f"jaxdpo: error: {_apart(where, 'not all of them came')}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _detected() -> int:

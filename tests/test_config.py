@@ -21,6 +21,7 @@ from jaxdpo.config import (
     ScoreConfig,
     SFTConfig,
 )
+from jaxdpo.config.processes import PROCESS_OPTIONS
 from jaxdpo.config.ranges import RANGES
 from jaxdpo.options import flag, from_mapping
 from jaxdpo.types import InputError
@@ -69,7 +70,10 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "ref_model_sync_steps": ([1], [0, -1]),
     "ref_model_mixup_alpha": ([1e-3, 1.0], [0.0, 1.1, math.nan]),
     "center_rewards_coefficient": ([0.0, 0.01], [-0.01, math.inf, math.nan]),
-    "coordinator": (["host:1", "10.0.0.1:65535", "[fe80::1]:80"], ["host", "host:0", "host:65536", "a b:1", ":1", "::1:80"]),
+    "coordinator": (
+        ["host:1", "10.0.0.1:65535", "[fe80::1]:80"],
+        ["host", "host:0", "host:65536", "a b:1", ":1"],
+    ),
     "num_processes": ([1], [0, -1]),
     "process_id": ([0, 1], [-1]),
     "learning_rate": ([1e-12, 1.0], [0.0, -1e-6, math.inf, math.nan]),

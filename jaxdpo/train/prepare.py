@@ -131,7 +131,8 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
         datasets, lengths = [item.dataset for item in data], config.lengths_of_rows
         microbatch_tokens = choose_microbatch_tokens(config.microbatch_tokens, datasets, devices, lengths)
         order, layout = _steps(config, datasets, model, mesh, microbatch_tokens)
-    agree_on_inputs(source, {f"what {name} holds": item.loaded.digest for name, item in zip(names, data, strict=True)})
+    options = ("--data", "--eval-data")
+    agree_on_inputs(source, {f"what {of} holds": item.loaded.digest for of, item in zip(options, data, strict=False)})
     state = _state_bytes(config, params, datasets[0], layout, order)
     if config.remat is None:
         model = choose_remat(model, layout, state, mesh)
