@@ -12,6 +12,7 @@ import pathlib
 import secrets
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         raise InputError(_apart(where, str(error).splitlines()[0])) from error
     finally:
         patience.cancel()
+    sys.excepthook = _uncaught
 
 
 def _apart(where: str, why: str) -> str:
@@ -87,6 +89,13 @@ def _apart(where: str, why: str) -> str:
 def _give_up(where: str) -> None:
     print(f"jaxdpo: error: {_apart(where, 'not all of them came')}", file=sys.stderr, flush=True)
     os._exit(2)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    """Prints an error that nothing caught, as that others are gone, and ends the process without them."""
+    sys.__excepthook__(kind, error, traceback)
+    if not ended():
+        os._exit(1)
 
 
 def _detected() -> int:
