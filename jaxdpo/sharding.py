@@ -27,13 +27,20 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "embed": ("fsdp", "context"),
     "heads": "tensor",
-    "kv_heads": None,  # replicated: few, and rarely a multiple of the tensor axis
+    "kv_heads": "tensor",
     "mlp": "tensor",
     "head_dim": None,
     "layers": None,
     "positions": None,
+    "words": None,  # an encoder's vocabulary: no head shares it, and RoBERTa's 50265 is odd
+    "token_types": None,
+    "pooled": None,
+    "labels": None,
 }
 """Logical axis -> mesh axis. None: replicated."""
+
+WHERE_IT_DIVIDES = frozenset({"kv_heads"})
+"""Logical axes that are replicated over a mesh axis that does not divide them: key/value heads may be fewer."""
 
 
 def make_mesh(
@@ -129,18 +136,32 @@ def batch_size_multiple(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> 
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def partition_spec(logical_axes: Sequence[str | None]) -> jax.sharding.PartitionSpec:
-    """The mesh axes of an array with these logical axes; a name that `AXIS_RULES` lacks is a KeyError."""
-    return jax.P(*(None if axis is None else AXIS_RULES[axis] for axis in logical_axes))
+def partition_spec(
+    logical_axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> jax.sharding.PartitionSpec:
+    """The mesh axes of an array of `shape` with these logical axes; a name that `AXIS_RULES` lacks is a KeyError."""
+
+    def of(name: str | None, size: int) -> str | tuple[str, ...] | None:
+        axes = None if name is None else AXIS_RULES[name]
+        return None if name in WHERE_IT_DIVIDES and size % _size(axes, mesh) else axes
+
+    return jax.P(*map(of, logical_axes, shape))
+
+
+def _size(axes: str | tuple[str, ...] | None, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Number of devices along mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def named_sharding(
     mesh: jax.sharding.Mesh, logical_axes: Sequence[str | None], shape: Sequence[int]
 ) -> jax.sharding.NamedSharding:
     """Sharding of an array of `shape`; refuses a size that its mesh axes do not divide, naming sizes that do."""
-    spec = partition_spec(logical_axes)
+    spec = partition_spec(logical_axes, shape, mesh)
     for name, axes, size in zip(logical_axes, spec, shape, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+        parts = _size(axes, mesh)
         if size % parts:
             raise InputError(
                 f"{name}={size} is not divisible by the {axes!r} axis of {parts} devices; "
@@ -184,9 +205,8 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     Without it XLA loses the batch axis after the embedding gather (measured: twice the temporaries, 14 all-reduces
     for 6).
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, mesh))
 
 
 def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -204,7 +224,6 @@ def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return attend(q, k, v, of_rows, jnp.zeros((), jnp.int32))
-        queries, keys = (partition_spec(("batch", length, "heads", None)) for length in ("length", None))
         parts = mesh.shape[AXIS_RULES["heads"]]
         if k.shape[2] % parts:
             k, v = (jnp.repeat(x, parts // math.gcd(k.shape[2], parts), axis=2) for x in (k, v))
@@ -212,7 +231,9 @@ def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: Any) -> jax.Array:
             return attend(q, k, v, of_rows, jax.lax.axis_index(AXIS_RULES["length"]) * q.shape[1])
 
-        specs = (queries, keys, keys, partition_spec(("batch",)))
+        queries = partition_spec(("batch", "length", "heads", None), q.shape, mesh)
+        keys = partition_spec(("batch", None, "heads", None), k.shape, mesh)
+        specs = (queries, keys, keys, partition_spec(("batch",), k.shape[:1], mesh))
         return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, of_rows)
 
     return mapped

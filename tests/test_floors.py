@@ -1,6 +1,6 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
+4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data, plots
 -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
 """
 
@@ -47,6 +47,7 @@ FLOORS = {
     "reference_cache": 2,
     "reference_store": 2,
     "rewards": 2,
+    "classifier": 2,
     "data": 2,
     "plots": 2,
     "audit": 3,
@@ -70,13 +71,14 @@ LIBRARIES = {
         "reference",
         "reference_cache",
         "rewards",
+        "classifier",
         "train",
     },
     "chex": {"losses", "theory"},
     "flax": {"models"},
     "safetensors": {"hf"},
     "gguf": {"gguf"},
-    "transformers": {"hf", "gguf"},
+    "transformers": {"hf", "gguf", "classifier"},
     "tokenizers": {"gguf"},
     "huggingface_hub": {"data", "hub"},
     "filelock": {"reference_store"},
@@ -104,6 +106,7 @@ LIBRARIES = {
         "reference_cache",
         "reference_store",
         "rewards",
+        "classifier",
         "data",
         "train",
     },

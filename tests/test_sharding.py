@@ -104,10 +104,18 @@ def test_every_logical_axis_of_a_model_has_a_rule(config):
 
 
 def test_partition_spec_follows_the_rules():
-    assert partition_spec(("layers", "embed", "heads", "head_dim")) == jax.P(None, ("fsdp", "context"), "tensor", None)
-    assert partition_spec(("batch", None, "vocab")) == jax.P(("data", "fsdp"), None, "tensor")
+    mesh = make_mesh(tensor=4)
+    kernel = partition_spec(("layers", "embed", "heads", "head_dim"), (2, 32, 8, 4), mesh)
+    assert kernel == jax.P(None, ("fsdp", "context"), "tensor", None)
+    assert partition_spec(("batch", None, "vocab"), (8, 3, 64), mesh) == jax.P(("data", "fsdp"), None, "tensor")
     with pytest.raises(KeyError, match="embd"):
-        partition_spec(("embd",))
+        partition_spec(("embd",), (32,), mesh)
+
+
+@pytest.mark.parametrize(("kv_heads", "split"), [(8, True), (4, True), (2, False), (6, False)])
+def test_key_value_heads_are_split_where_the_tensor_axis_divides_them(kv_heads, split):
+    spec = partition_spec(("embed", "kv_heads", "head_dim"), (32, kv_heads, 4), make_mesh(tensor=4))
+    assert spec == jax.P(("fsdp", "context"), "tensor" if split else None, None)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +153,22 @@ def test_a_model_that_does_not_divide_is_refused():
 
 def expected_bytes(leaf, names, mesh) -> int:
     """What one device holds of an array with these logical axes."""
-    axes = jax.tree.leaves([AXIS_RULES[name] for name in names])
+    axes = jax.tree.leaves([*partition_spec(names, leaf.shape, mesh)])
     return leaf.nbytes // math.prod(mesh.shape[axis] for axis in axes)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"fsdp": 2, "tensor": 4}, {"context": 4}], ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_a_device_holds_falls_with_their_number(optimizer, sizes):
+    config = dataclasses.replace(DIVISIBLE, embed_dim=64, num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=256)
+    mesh = make_mesh(**sizes)
+    params = tiny.params(tiny.decoder(config), mesh)
+    state = init_state(params, OPTIMIZERS[optimizer](optax.constant_schedule(1.0)), mesh)
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    whole = sum(leaf.nbytes for leaf in leaves)
+    for device in mesh.devices.flat:
+        held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == device)
+        assert held == pytest.approx(whole / mesh.size, rel=0.1)
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"context": 4}], ids=str)

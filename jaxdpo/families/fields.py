@@ -69,14 +69,24 @@ def head(hf: Mapping[str, Any]) -> str:
     names = hf.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         return "lm"
-    # transformers saves no labels where there are two, its default.
-    labels = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 2
-    if labels != 1:
+    found = labels(hf)
+    if len(found) != 1:
         raise InputError(
-            f"config.json has {names[0]} with {labels} labels; allowed: 1, whose score is the reward; "
+            f"config.json has {names[0]} with {len(found)} labels; allowed: 1, whose score is the reward; "
             f"train one with num_labels=1"
         )
     return "score"
+
+
+def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a classifier's labels, in order; `LABEL_0` and so on where there are none, as in transformers."""
+    if not hf.get("id2label"):
+        # transformers saves no labels where there are two, its default.
+        return tuple(f"LABEL_{index}" for index in range(hf.get("num_labels") or 2))
+    stated = {int(index): str(name) for index, name in hf["id2label"].items()}
+    if sorted(stated) != list(range(len(stated))):
+        raise InputError(f"config.json has id2label for {sorted(stated)}; allowed: for 0 to {len(stated) - 1}")
+    return tuple(stated[index] for index in range(len(stated)))
 
 
 def hf_labels(head: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from jaxdpo.models import TransformerConfig
+from jaxdpo.models import EncoderConfig, ModelConfig, TransformerConfig
 
 Index = tuple[slice, ...]
 
@@ -55,18 +55,16 @@ class Weight:
         """Logical axes of the parameter, without `layers`."""
         return tuple(self.pattern.split("->")[-1].split())
 
-    def sizes(self, config: TransformerConfig) -> dict[str, int]:
+    def sizes(self, config: ModelConfig) -> dict[str, int]:
         """Size of every axis in the pattern."""
         return {**config.axis_sizes, "part": len(self.parts)}
 
-    def shape(self, config: TransformerConfig) -> tuple[int, ...]:
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape that the tensor must have."""
         sizes = self.sizes(config)
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.dimensions)
 
-    def to_param(
-        self, config: TransformerConfig, part: int, index: Index, read: Callable[[Index], np.ndarray]
-    ) -> np.ndarray:
+    def to_param(self, config: ModelConfig, part: int, index: Index, read: Callable[[Index], np.ndarray]) -> np.ndarray:
         """The block `index` of one parameter (one layer of it), reading little more of the tensor than that.
 
         Args:
@@ -93,7 +91,7 @@ class Weight:
             names.remove("part")
         return array.transpose([names.index(axis) for axis in self.axes])
 
-    def to_tensor(self, config: TransformerConfig, params: list[np.ndarray]) -> np.ndarray:
+    def to_tensor(self, config: ModelConfig, params: list[np.ndarray]) -> np.ndarray:
         """The tensor (of one layer), contiguous, from the parameters it holds: the inverse of `to_param`."""
         names = [axis for group in self.dimensions for axis in group]
         axes = list(self.axes)
@@ -130,3 +128,29 @@ class Family:
     weights: Callable[[TransformerConfig], tuple[Weight, ...]]
     prefix: str
     ignored: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFamily:
+    """How classifiers of one Hugging Face `model_type` are read; the attributes are those of `Family`."""
+
+    from_hf: Callable[[Mapping[str, Any]], EncoderConfig]
+    weights: Callable[[EncoderConfig], tuple[Weight, ...]]
+    prefix: str
+    ignored: tuple[str, ...]
+
+
+Config = TypeVar("Config", bound=ModelConfig, contravariant=True)
+
+
+class Table(Protocol[Config]):
+    """What the import of weights needs of a family, be it of decoders or of encoders."""
+
+    @property
+    def weights(self) -> Callable[[Config], tuple[Weight, ...]]: ...
+
+    @property
+    def prefix(self) -> str: ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]: ...

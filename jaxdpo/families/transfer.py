@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxdpo.families.table import Family, Index, Weight
-from jaxdpo.models import Decoder, TransformerConfig, abstract_params
+from jaxdpo.families.table import Config, Family, Index, Table, Weight
+from jaxdpo.models import Decoder, ModelConfig, abstract_params
 from jaxdpo.processes import fetch
 from jaxdpo.types import InputError
 
@@ -41,11 +41,14 @@ def load_params(
     Raises:
       InputError: for a tensor that is unknown, missing, there twice or of the wrong shape; names it.
     """
-    config = decoder.config
-    names = match(family, config, tensors)
-    abstract = abstract_params(decoder, mesh)
+    return fill_params(family, decoder.config, abstract_params(decoder, mesh), tensors)
+
+
+def fill_params(table: Table[Config], config: Config, abstract: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """The same for any model: parameters of the shapes, and at the places, of `abstract`."""
+    names = match(table, config, tensors)
     params: dict[str, Any] = {}
-    for weight in family.weights(config):
+    for weight in table.weights(config):
         layers = range(config.num_layers) if weight.stacked else [0]
         stored = [names[weight.name.format(layer=layer)] for layer in layers]
         for part, path in enumerate(weight.paths):
@@ -56,14 +59,14 @@ def load_params(
     return params
 
 
-def match(family: Family, config: TransformerConfig, tensors: Tensors) -> dict[str, str]:
+def match(table: Table[Config], config: Config, tensors: Tensors) -> dict[str, str]:
     """Name in the table -> name in the checkpoint, for every tensor of the table; InputError as in `load_params`."""
-    shapes = table_shapes(family, config)
+    shapes = table_shapes(table, config)
     found: dict[str, str] = {}
     for stored in tensors.shapes:
-        name = stored if stored in shapes else family.prefix + stored
+        name = stored if stored in shapes else table.prefix + stored
         if name not in shapes:
-            if any(re.fullmatch(pattern, stored) for pattern in family.ignored):
+            if any(re.fullmatch(pattern, stored) for pattern in table.ignored):
                 continue
             raise InputError(
                 f"{tensors.where}: unknown tensor {stored!r}; a {config.model_type} model with these sizes has "
@@ -87,9 +90,9 @@ def match(family: Family, config: TransformerConfig, tensors: Tensors) -> dict[s
     return found
 
 
-def table_shapes(family: Family, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def table_shapes(table: Table[Config], config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this configuration has, in the order of export."""
-    return {name: weight.shape(config) for weight, _, name in _rows(family, config)}
+    return {name: weight.shape(config) for weight, _, name in _rows(table, config)}
 
 
 def export_tensors(family: Family, decoder: Decoder, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -127,14 +130,14 @@ def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _rows(family: Family, config: TransformerConfig) -> Iterator[tuple[Weight, int, str]]:
-    for weight in family.weights(config):
+def _rows(table: Table[Config], config: Config) -> Iterator[tuple[Weight, int, str]]:
+    for weight in table.weights(config):
         for layer in range(config.num_layers) if weight.stacked else (0,):
             yield weight, layer, weight.name.format(layer=layer)
 
 
 def _reader(
-    weight: Weight, config: TransformerConfig, part: int, stored: list[str], tensors: Tensors
+    weight: Weight, config: ModelConfig, part: int, stored: list[str], tensors: Tensors
 ) -> Callable[[Index], np.ndarray]:
     """Function from a block of the (stacked) parameter to its float32 values."""
 

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from jaxdpo.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Read = TypeVar("Read")
 
 
 def load_hf(
@@ -103,16 +106,19 @@ def load_config(directory: str | os.PathLike[str], *, head: str = "lm") -> Trans
 
 
 def _read_config(directory: str | os.PathLike[str]) -> TransformerConfig:
-    config = hf_config(directory)
-    family = families.find_family(config, f"config.json of {directory}")
+    config, where = hf_config(directory), f"config.json of {directory}"
+    return read_as(families.find_family(config, where).from_hf, config, where)
+
+
+def read_as(from_hf: Callable[[dict[str, Any]], Read], config: dict[str, Any], where: str) -> Read:
+    """What a family makes of a `config.json`; InputErrors say where it stands."""
     try:
-        return family.from_hf(config)
+        return from_hf(config)
     except InputError as error:
-        raise InputError(f"config.json of {directory}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"config.json of {directory}: a value is of the wrong type ({error}); allowed: what transformers writes; "
-            "download it again"
+            f"{where}: a value is of the wrong type ({error}); allowed: what transformers writes; download it again"
         ) from error
 
 

@@ -16,17 +16,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdpo.models.abstract import abstract_arrays, abstract_module
 from jaxdpo.models.attention import attention, tree_mask
-from jaxdpo.models.config import Rope, TransformerConfig
+from jaxdpo.models.config import EncoderConfig, ModelConfig, Rope, TransformerConfig
 from jaxdpo.models.forms import ATTENTION
-from jaxdpo.models.matmul import full_precision
+from jaxdpo.models.matmul import COMPUTE_DTYPES, check_compute_dtype, full_precision
 from jaxdpo.models.remat import REMAT
 from jaxdpo.models.transformer import Transformer
-from jaxdpo.sharding import constrain, named_sharding
+from jaxdpo.sharding import constrain
 from jaxdpo.types import Array, Batch, InputError
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "Decoder",
+    "EncoderConfig",
+    "ModelConfig",
     "Rope",
     "TransformerConfig",
     "abstract_params",
@@ -37,8 +41,6 @@ __all__ = [
     "make_decoder",
     "tree_mask",
 ]
-
-COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Decoder:
         )
 
     def _merge(self, params: dict[str, Any]) -> Transformer:
-        return nnx.merge(_abstract(self.config)[0], params)
+        return nnx.merge(abstract_module(Transformer, self.config)[0], params)
 
 
 def make_decoder(
@@ -152,16 +154,13 @@ def make_decoder(
         raise InputError(f"attention is {attention!r}; allowed: {', '.join(ATTENTION)}")
     if remat not in REMAT:
         raise InputError(f"remat is {remat!r}; allowed: {', '.join(REMAT)}")
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise InputError(f"compute_dtype is {compute_dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
-    if compute_dtype == "float64" and jnp.result_type(float) != jnp.float64:
-        raise InputError("compute_dtype is 'float64' but jax would truncate it; set jax_enable_x64")
+    check_compute_dtype(compute_dtype)
     return Decoder(config, compute_dtype, attention, remat)
 
 
 def logical_axes(decoder: Decoder) -> dict[str, Any]:
     """Nested dict shaped like the parameters: the tuple of logical axis names of each, see `sharding.AXIS_RULES`."""
-    return _abstract(decoder.config)[1]
+    return abstract_module(Transformer, decoder.config)[1]
 
 
 def abstract_params(decoder: Decoder, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
@@ -175,13 +174,7 @@ def abstract_params(decoder: Decoder, mesh: jax.sharding.Mesh | None = None) -> 
     Raises:
       InputError: if the mesh does not divide a size; names sizes that do.
     """
-    _, axes, shapes = _abstract(decoder.config)
-
-    def place(names: tuple[str, ...], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh is None else named_sharding(mesh, names, shape)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-
-    return jax.tree.map(place, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
+    return abstract_arrays(Transformer, decoder.config, mesh)
 
 
 def init_params(decoder: Decoder, key: jax.Array, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
@@ -203,14 +196,3 @@ def _init(config: TransformerConfig, key: jax.Array) -> dict[str, Any]:
     # Placement comes from jit's out_shardings; Flax would look the logical names up in a mesh that the caller has set.
     with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
-
-
-@functools.cache
-def _abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """The module's static graph, and the logical axes and shapes of its parameters as nested dicts."""
-    # Flax would look the logical names up in a mesh that the caller has set.
-    with nnx.use_eager_sharding(False), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    axes = jax.tree.map(lambda p: tuple(p.out_sharding), state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    shapes = jax.tree.map(lambda p: tuple(p.shape), nnx.to_pure_dict(state))
-    return graph, nnx.to_pure_dict(axes), shapes

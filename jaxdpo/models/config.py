@@ -1,6 +1,7 @@
-"""What a decoder-only Transformer is: every fact that changes its mathematics, in one frozen dataclass."""
+"""What a Transformer is, decoder or encoder: every fact that changes its mathematics, in one frozen dataclass."""
 
 import dataclasses
+from typing import ClassVar
 
 from jaxdpo.types import InputError
 
@@ -123,6 +124,74 @@ class TransformerConfig:
             "mlp": self.mlp_dim,
             "positions": self.max_positions,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A post-norm encoder with a classifier's head, as BERT and RoBERTa are. Sizes are counts.
+
+    Attributes:
+      model_type: the Hugging Face `model_type` that it is read from; a key of `families.CLASSIFIERS`.
+      max_positions: longest text in tokens.
+      position_offset: rows of the position embedding before the first token's.
+      token_types: rows of the token type embedding; every token is of type 0.
+      activation: as in `TransformerConfig`.
+      labels: names of the classes, in the order of the logits.
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    model_type: str
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    position_offset: int
+    token_types: int
+    labels: tuple[str, ...]
+    norm_eps: float
+    activation: str
+
+    # What `models.layers` asks of a configuration and an encoder has no choice of.
+    norm: ClassVar[str] = "layernorm"
+    gated_mlp: ClassVar[bool] = False
+    attention_bias: ClassVar[bool] = True
+    mlp_bias: ClassVar[bool] = True
+    init_std: ClassVar[float] = 0.02
+
+    def __post_init__(self) -> None:
+        _at_least("position_offset", self.position_offset, 0)
+        _at_least("max_positions", self.max_positions, 1)
+        for name, size in self.axis_sizes.items():
+            _at_least(name, size, 1)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        if not self.norm_eps > 0:
+            raise InputError(f"norm_eps is {self.norm_eps!r}; allowed: a number above 0")
+        if len(set(self.labels)) < len(self.labels):
+            raise InputError(f"labels are {self.labels}; allowed: a name of its own for each")
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of every logical axis that a parameter can have."""
+        return {
+            "words": self.vocab_size,
+            "embed": self.embed_dim,
+            "layers": self.num_layers,
+            "heads": self.num_heads,
+            "kv_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "mlp": self.mlp_dim,
+            "positions": self.position_offset + self.max_positions,
+            "token_types": self.token_types,
+            "pooled": self.embed_dim,
+            "labels": len(self.labels),
+        }
+
+
+ModelConfig = TransformerConfig | EncoderConfig
 
 
 def _at_least(name: str, value: object, low: int) -> None:

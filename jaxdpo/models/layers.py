@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxdpo.models.attention import Attend
-from jaxdpo.models.config import Rope, TransformerConfig
+from jaxdpo.models.config import ModelConfig, Rope
 from jaxdpo.models.matmul import linear
 from jaxdpo.sharding import constrain, lengths_apart
 
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def make_param(config: TransformerConfig, axes: tuple[str, ...], init: jax.nn.initializers.Initializer, rngs: nnx.Rngs):
+def make_param(config: ModelConfig, axes: tuple[str, ...], init: jax.nn.initializers.Initializer, rngs: nnx.Rngs):
     """A float32 parameter of logical axes `axes`, sized by `config.axis_sizes`."""
     shape = tuple(config.axis_sizes[axis] for axis in axes)
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
@@ -36,7 +36,7 @@ def make_param(config: TransformerConfig, axes: tuple[str, ...], init: jax.nn.in
 class Norm(nnx.Module):
     """RMSNorm (scale only), or LayerNorm (scale and bias), over the embed axis."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.eps = config.norm_eps
         self.scale = make_param(config, ("embed",), jax.nn.initializers.ones, rngs)
         centred = config.norm == "layernorm"
@@ -59,7 +59,7 @@ class Projection(nnx.Module):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: ModelConfig,
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
         *,
@@ -85,7 +85,7 @@ class Projection(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped key/value heads and optional rotary positions."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         project = functools.partial(Projection, config, bias=config.attention_bias, rngs=rngs)
         self.q = project(("embed",), ("heads", "head_dim"))
         self.k = project(("embed",), ("kv_heads", "head_dim"))
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The feed-forward layer, gated (Shazeer 2020, https://arxiv.org/abs/2002.05202) or plain."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         project = functools.partial(Projection, config, bias=config.mlp_bias, rngs=rngs)
         self.activation = config.activation
         self.gate = project(("embed",), ("mlp",)) if config.gated_mlp else None
@@ -124,7 +124,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, then the feed-forward layer, each on a normed input and added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = Norm(config, rngs=rngs)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = Norm(config, rngs=rngs)

@@ -11,6 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdpo.types import InputError
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+
+
+def check_compute_dtype(name: str) -> None:
+    """InputError for a dtype that models do not compute in, or that jax would truncate."""
+    if name not in COMPUTE_DTYPES:
+        raise InputError(f"compute_dtype is {name!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
+    if name == "float64" and jnp.result_type(float) != jnp.float64:
+        raise InputError("compute_dtype is 'float64' but jax would truncate it; set jax_enable_x64")
+
 
 def full_precision(dtype: jnp.dtype) -> lax.Precision | None:
     """Matrix products of float32 arrays are rounded to bfloat16 on TPU and TF32 on GPU unless this is asked for."""

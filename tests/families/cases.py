@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxdpo.families import FAMILIES, table_shapes
+from jaxdpo import families
 
 _LLAMA = {
     "model_type": "llama",
@@ -65,20 +65,44 @@ CLASSIFIERS = {
     }.items()
 }
 """Reward models of the same sizes."""
+_ROBERTA = {
+    "architectures": ["RobertaForSequenceClassification"],
+    "model_type": "roberta",
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 52,
+    "max_position_embeddings": 32,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+}
+ENCODERS = {
+    "roberta": _ROBERTA | {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}},
+    "roberta-one-label": _ROBERTA | {"id2label": {"0": "reward"}, "problem_type": "regression", "pad_token_id": 3},
+    "roberta-three-labels": _ROBERTA
+    | {"id2label": {"0": "bad", "1": "so", "2": "good"}, "type_vocab_size": 2, "hidden_act": "gelu_new"},
+}
+"""Classifiers of texts; with one, two and three labels."""
 TOKENS = np.random.RandomState(0).randint(0, 101, (2, 19)).astype(np.int32)  # longer than the window of 5
+TEXT_TOKENS = np.random.RandomState(1).randint(4, 101, (4, 28)).astype(np.int32)
+TEXT_LENGTHS = np.array([28, 1, 9, 17], np.int32)
+"""Tokens of padded texts, none of them a padding id, and how many belong to each."""
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random float32 values; scales of norms are near 1."""
     normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    scale = name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+    scale = name.endswith(("norm.weight", "LayerNorm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
     return (0.2 * normal + scale).astype(np.float32)
 
 
 def tensors(config: dict) -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint with this `config.json`."""
-    family = FAMILIES[config["model_type"]]
-    return {name: tensor(name, shape) for name, shape in table_shapes(family, family.from_hf(config)).items()}
+    family = (families.FAMILIES | families.CLASSIFIERS)[config["model_type"]]
+    shapes = families.table_shapes(family, family.from_hf(config))
+    return {name: tensor(name, shape) for name, shape in shapes.items()}
 
 
 def write_checkpoint(
