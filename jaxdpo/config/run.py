@@ -5,6 +5,7 @@ import dataclasses
 import typing
 
 from jaxdpo.config.names import Attention, DType, Format, Logger, Optimizer, Remat, Resume
+from jaxdpo.config.processes import check_processes
 from jaxdpo.config.ranges import PATHS, RANGES
 from jaxdpo.options import check_fields, flag, option
 from jaxdpo.types import InputError
@@ -80,6 +81,13 @@ class RunConfig(abc.ABC):
         "steps FIRST:LAST, both included, of which a profiler trace is written to profile/ in --output-dir", "run", None
     )
     run_name: str | None = option("what the run is called there; by default the name of --output-dir", "run", None)
+    coordinator: str | None = option(
+        "HOST:PORT where process 0 waits for the others; by default as the cluster says, or this process runs alone",
+        "processes",
+        None,
+    )
+    num_processes: int | None = option("how many processes there are", "processes", None)
+    process_id: int | None = option("which of them this is, from 0", "processes", None)
 
     @property
     @abc.abstractmethod
@@ -129,6 +137,7 @@ class RunConfig(abc.ABC):
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES, PATHS)
+        check_processes(self)
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"--epochs {self.epochs} and --max-steps {self.max_steps} exclude each other; give one")
         if self.eval_every is not None and self.eval_data is None:

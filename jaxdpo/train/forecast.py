@@ -60,7 +60,7 @@ def print_forecast(
     passes += total if config.reference_at_every_step else loss.needs_reference * min(total, order.num_steps_per_epoch)
     work = flops * (BACKWARD[model.remat] * total + passes)
     seconds = work / (UTILISATION * measured_peak(str(model.multiplied_dtype)) * len(devices))
-    device = next(iter(devices))
+    device = mesh.local_devices[0]
     activations, of = layout_bytes(model, layout, mesh), device_memory(device)
     print(f"model      {size / 1e6:.1f} M parameters, {config.dtype}, on {mesh_summary(mesh)}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"

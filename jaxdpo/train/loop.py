@@ -1,13 +1,14 @@
 """The training loop: batch, step, check, log, evaluate, save."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tqdm
 
+from jaxdpo import processes
 from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.losses import LossSpec
 from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, slot_logps
@@ -103,8 +104,8 @@ def train(
       RunStopped: if the first loss is not that of a policy equal to its reference, or a disk is full.
     """
     mesh = state.mesh
-    evaluation = None
-    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step")
+    evaluation, quiet = None, not processes.is_main()
+    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step", disable=quiet)
     with progress as bar, Interruption() as stop, contextlib.closing(watch):
         for step, batches in steps:
             with watch.step(step + 1, batches):
@@ -132,12 +133,13 @@ def train(
                 watch.lap("evaluation")
             measured = watch.row(step + 1, int(counts.groups))
             row = {"step": step + 1, **metrics, "learning_rate": learning_rate, **measured}
-            writer.write(row | (evaluated.metrics if evaluated else {}))
+            with processes.together():
+                writer.write(row | (evaluated.metrics if evaluated else {}))
             shown = [f"{name} {row[name]:.4f}" for name in SHOWN if name in row]
             bar.set_postfix_str(", ".join([*shown, f"{row['pairs_per_second']:.2f} pairs/s"]), refresh=False)
             bar.update()
             watch.lap("logging")
-            stopping = stop.requested  # read once: a signal that comes during the save waits for the next step
+            stopping = _signal_of_any(stop)  # read once: one that comes during the save waits for the next step
             due = last or stopping or (step + 1) % schedule.save_every == 0
             if due or (evaluated and schedule.save_evaluated):
                 checkpoints.save(state, evaluated.metrics if evaluated else None)
@@ -146,9 +148,15 @@ def train(
                 break
         checkpoints.wait()
         watch.lap("checkpoint")
-        if stop.signal is not None:
-            raise RunInterrupted(_interrupted(stop.signal.name, checkpoints, schedule.total), stop.signal)
+        if (number := _signal_of_any(stop)) is not None:
+            raise RunInterrupted(_interrupted(number.name, checkpoints, schedule.total), number)
     return state, evaluation
+
+
+def _signal_of_any(stop: Interruption) -> signal.Signals | None:
+    """The signal that came to one of the processes: all of them stop after the same step."""
+    number = processes.largest(stop.signal or 0)
+    return signal.Signals(number) if number else None
 
 
 def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microbatch], objective: Objective) -> None:
@@ -177,7 +185,7 @@ def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microb
 
 def _loss_at_reference(microbatches: Sequence[Microbatch], objective: Objective) -> float:
     """The loss of a step whose policy has the reference's log-probs."""
-    parts = jax.device_get([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
+    parts = processes.fetch([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
     data: GroupData = joined_groups(parts, [part.where.any(axis=-1) for part in parts])
     shared = {} if objective.loss.running is None else {"baseline": 0.0}  # all rewards are 0
     losses = group_losses(objective.loss, Outputs(data.ref_logps, {}), data, objective.scalars, shared)

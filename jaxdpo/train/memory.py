@@ -16,6 +16,7 @@ from jaxdpo.config import RunConfig
 from jaxdpo.data.packing import Layout
 from jaxdpo.lm_head import SLOT_CHUNK, VOCAB_BLOCK
 from jaxdpo.models import Decoder
+from jaxdpo.processes import gathered
 from jaxdpo.sharding import batch_size_multiple, tokens_apart
 from jaxdpo.types import RunStopped
 
@@ -102,8 +103,8 @@ def choose_remat(decoder: Decoder, layout: Layout, state: int, mesh: jax.shardin
       state: `state_bytes`.
       mesh: where it runs.
     """
-    device = mesh.devices.flat[0]
-    usable = USABLE.get(device.platform, USABLE_ELSEWHERE) * device_memory(device)
+    device = mesh.local_devices[0]
+    usable = USABLE.get(device.platform, USABLE_ELSEWHERE) * min(gathered(device_memory(device)))
     for remat in CHOSEN:
         chosen = dataclasses.replace(decoder, remat=remat)
         if state + layout_bytes(chosen, layout, mesh) <= usable:

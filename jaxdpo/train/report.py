@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxdpo import processes
 from jaxdpo.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jaxdpo.train.forecast import duration
 from jaxdpo.train.run import RunResult
@@ -22,7 +23,15 @@ SHOWN: dict[type, dict[str, str]] = {
 
 
 def print_report(result: RunResult, config: RunConfig) -> None:
-    """Prints held-out metrics before and after (where there is held-out data), files and a next command."""
+    """Prints held-out metrics before and after (where there is held-out data), files and a next command.
+
+    Of several processes the first prints.
+    """
+    with processes.only_main_prints():
+        _print(result, config)
+
+
+def _print(result: RunResult, config: RunConfig) -> None:
     run = RunDir(Path(config.output_dir))
     print(f"\ndone       step {result.steps}, {duration(result.seconds)}")
     if result.usage is not None:

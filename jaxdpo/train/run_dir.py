@@ -14,11 +14,12 @@ import dataclasses
 import io
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ruamel.yaml
 
 from jaxdpo.config import RunConfig
+from jaxdpo.config.processes import PROCESS_OPTIONS
 from jaxdpo.disk import writing
 from jaxdpo.options import flag, from_mapping
 from jaxdpo.train.writer import read_metrics
@@ -38,6 +39,7 @@ MAY_DIFFER = frozenset(
         "remat",
         "mesh",
         "precompute_ref_log_probs",
+        *PROCESS_OPTIONS,
     }
 )
 """Options that a resumed run may change: they do not change any step that both runs take."""
@@ -118,11 +120,16 @@ def read_yaml(path: Path) -> dict:
     return mapping
 
 
+def stated(config: Any) -> dict[str, Any]:
+    """What a configuration says of a run or a command, by option: the same on every process."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in PROCESS_OPTIONS}
+
+
 def write_config(run: RunDir, config: RunConfig) -> None:
     """Writes the resolved configuration, which reproduces the run elsewhere: with `resume: auto`, whatever it was."""
     text = io.StringIO()
     yaml = ruamel.yaml.YAML()
-    yaml.dump(dataclasses.asdict(dataclasses.replace(config, resume="auto")), text)
+    yaml.dump({**stated(config), "resume": "auto"}, text)
     run.create()
     temporary = run.config.with_suffix(".tmp")
     with writing(run.config):
