@@ -20,6 +20,7 @@ import numpy as np
 from jaxdpo.hf import load_encoder, load_tokenizer
 from jaxdpo.hub import resolve_model
 from jaxdpo.models.encoder import Encoder
+from jaxdpo.processes import fetch
 from jaxdpo.sharding import batch_size_multiple, make_mesh, place_batch
 from jaxdpo.types import InputError
 
@@ -115,7 +116,7 @@ class Classifier:
         if not found:
             return np.zeros((0, len(self.labels)), np.float32)
         # All of them are under way before the first is waited for.
-        values = np.concatenate([np.asarray(logits)[: len(members)] for members, logits in found])
+        values = np.concatenate([fetch(logits)[: len(members)] for members, logits in found])
         return values[np.argsort(np.concatenate([members for members, _ in found]))]
 
     def reward(self, label: str, kind: str = "probability") -> Callable[[Sequence[str]], np.ndarray]:

@@ -27,7 +27,7 @@ from jaxdpo.config import (
     SFTConfig,
 )
 from jaxdpo.hub import cache_root
-from jaxdpo.options import check_words, from_mapping
+from jaxdpo.options import check_words, config_path, from_mapping
 from jaxdpo.train.interrupt import Terminated, terminable
 from jaxdpo.types import InputError, RunInterrupted, RunStopped
 
@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxdpo: error: {error}", file=sys.stderr)
         return 2
     except RunInterrupted as error:
-        print(f"jaxdpo: interrupted: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"jaxdpo: interrupted: {error}", file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt as error:
         name, number = ("SIGTERM", 15) if isinstance(error, Terminated) else ("Ctrl-C", 2)
@@ -156,17 +157,24 @@ def console() -> None:
     """The command `jaxdpo`: `main`, as a process.
 
     What XLA compiles is kept on disk, unless jax was told where. After an interruption the process ends without the
-    interpreter's clean-up, which crashes where the signal came while XLA was compiling (jax 0.10.2).
+    interpreter's clean-up, which crashes where the signal came while XLA was compiling (jax 0.10.2); so does one of
+    several processes that fails alone, as jax would wait for the others.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_root() / "programs")
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
     status = main()
-    if status in INTERRUPTED:
+    alone = bool(status) and "jaxdpo.processes" in sys.modules and not sys.modules["jaxdpo.processes"].ended()
+    if alone or status in INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that prints for all; asked when a command has run."""
+    return "jaxdpo.processes" not in sys.modules or sys.modules["jaxdpo.processes"].is_main()
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -182,7 +190,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         raise InputError(
             f"unknown command {argv[0]!r}; allowed: jaxdpo {', '.join(VERBS)}; jaxdpo --help says what for"
         )
-    path = _config_path(argv)
+    path = config_path(argv)
     if verb is not None and not {"-h", "--help"} & set(argv):
         check_words(VERBS[verb][0], argv[1:], f"jaxdpo {verb}", others=["--config"] if verb in CONFIG_VERBS else [])
     if path is not None and verb in CONFIG_VERBS:
@@ -210,14 +218,6 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         if field.name != "config"
     }
     return verb, VERBS[verb][0](**_settle_length(values, from_file))
-
-
-def _config_path(argv: Sequence[str]) -> str | None:
-    given = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    given += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    if len(given) > 1:
-        raise InputError(f"--config is given {len(given)} times ({', '.join(given)}); allowed: once; merge the files")
-    return os.path.expanduser(given[0]) if given else None
 
 
 def _settle_length(values: dict[str, Any], from_file: Mapping[str, Any]) -> dict[str, Any]:

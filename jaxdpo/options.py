@@ -85,6 +85,15 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], source: str) -> dict[str
     return values
 
 
+def config_path(words: Sequence[str]) -> str | None:
+    """The file that `--config` names among the words of a command; InputError if it is given twice."""
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
+    given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    if len(given) > 1:
+        raise InputError(f"--config is given {len(given)} times ({', '.join(given)}); allowed: once; merge the files")
+    return os.path.expanduser(given[0]) if given else None
+
+
 def nearest(name: str, names: Sequence[str], *, cutoff: float = 0.0) -> str:
     """The one of some names that was probably meant: by its initials, or else by its letters; empty below `cutoff`.
 

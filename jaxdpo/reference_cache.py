@@ -5,6 +5,8 @@ the numbers follow from: weights, tokens, the form in which they are computed, a
 options, the order of the data and the batch size are not among it. Entries may be deleted at any time.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxdpo import processes
 from jaxdpo.data.cache import digest_of
 from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.load import Loaded
@@ -111,17 +114,42 @@ def stored_logps(
       RunStopped: if it cannot be written.
     """
     entry = LogpStore(reference_cache() / digest_of(facts), facts, dataset.slots)
-    logps = entry.read()
-    missing = examples[logps.size[examples] == 0]
-    if not len(missing):
+    with processes.together():
+        logps = entry.read()
+    if not processes.anywhere(_lacking(logps, examples)).any():
         return StoredLogps(logps, 0, entry.directory)
-    with entry.locked():
-        logps = entry.read()  # another run may have computed some in the meantime
-        missing = examples[logps.size[examples] == 0]
+    writes = _writes()
+    with contextlib.ExitStack() as lock:
+        with processes.together():
+            if writes:
+                lock.enter_context(entry.locked())
+        with processes.together():
+            logps = entry.read()  # another run may have computed some in the meantime
+        own = _lacking(logps, examples)
+        missing = examples[processes.anywhere(own)]
         batches = packed(dataset, missing, layout)
         passes = forward_batches(program, params, batches, mesh, label=label, total=len(missing))
-        entry.extend(_of_groups(batch, tokens) for batch, (tokens, _) in passes)
-        return StoredLogps(entry.read(), len(missing), entry.directory)
+        if writes:
+            lacking = np.isin(np.arange(len(dataset)), examples[own])
+            entry.extend(_of_groups(batch, tokens, lacking) for batch, (tokens, _) in passes)
+        else:
+            collections.deque(passes, maxlen=0)
+        processes.wait()
+        with processes.together():
+            logps = entry.read()
+        return StoredLogps(logps, len(missing), entry.directory)
+
+
+def _writes() -> bool:
+    """Whether this process is the one that writes to its cache, which others may have too."""
+    with contextlib.suppress(OSError):  # said where it is written to
+        reference_cache().mkdir(parents=True, exist_ok=True)
+    return processes.first_sharing(reference_cache()) == jax.process_index()
+
+
+def _lacking(logps: TokenLogps, examples: np.ndarray) -> np.ndarray:
+    """bool `[…]`: which of the examples are not stored."""
+    return logps.size[examples] == 0
 
 
 def packed(dataset: TokenizedDataset, examples: np.ndarray, layout: Layout) -> Iterator[Batch]:
@@ -133,7 +161,9 @@ def packed(dataset: TokenizedDataset, examples: np.ndarray, layout: Layout) -> I
             yield batch._replace(label=None, margin=None)  # not read; held-out data without them shares the program
 
 
-def _of_groups(batch: Batch, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The examples of a batch, and their log-probs one after another, as they are stored."""
+def _of_groups(batch: Batch, tokens: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The wanted examples of a batch, and their log-probs one after another, as they are stored."""
     slots = scored_slots(batch)
-    return slots.example.astype("<i4"), tokens[slots.row, slots.slot].astype("<f4")
+    kept = wanted[slots.example]
+    of_kept = np.repeat(kept, slots.size)
+    return slots.example[kept].astype("<i4"), tokens[slots.row[of_kept], slots.slot[of_kept]].astype("<f4")

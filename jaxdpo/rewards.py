@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxdpo.forward import forward_batches
 from jaxdpo.models import Decoder
-from jaxdpo.sharding import constrain
+from jaxdpo.processes import fetch
+from jaxdpo.sharding import constrain, place
 from jaxdpo.types import Batch
 
 RewardProgram = Callable[[dict, Batch], jax.Array]
@@ -173,12 +174,12 @@ def center_rewards(
         raise ValueError("there are no completions whose mean reward could be 0; allowed: at least one")
     mean = sums / count
     covariance = products / count - np.outer(mean, mean)
-    score = np.asarray(params["score"], np.float64)
+    score = fetch(params["score"]).astype(np.float64)
     shift = -(score @ mean) * _shared_direction(mean, covariance, count)
     moved = score + shift
     found = Centering(float(score @ mean), _std(moved, covariance), _std(shift, covariance))
     leaf = params["score"]
-    return {**params, "score": jax.device_put(moved.astype(leaf.dtype), leaf.sharding)}, found
+    return {**params, "score": place(moved.astype(leaf.dtype), leaf.sharding)}, found
 
 
 def _shared_direction(mean: np.ndarray, covariance: np.ndarray, count: int) -> np.ndarray:

@@ -244,10 +244,19 @@ def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return mapped
 
 
+def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array where a sharding says; of a host array that all processes have, each places its devices' parts."""
+    if isinstance(array, jax.Array) or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # `device_put` would compare the whole array with those of the other processes first.
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def place_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Puts host arrays on the mesh, their first axis (rows) split over the batch axes."""
-    put = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, jax.P(BATCH_AXES)))
-    return jax.tree.map(put, tree)
+    rows = jax.sharding.NamedSharding(mesh, jax.P(BATCH_AXES))
+    return jax.tree.map(functools.partial(place, sharding=rows), tree)
 
 
 def _divisors(n: int) -> list[int]:

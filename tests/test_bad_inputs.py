@@ -597,6 +597,7 @@ FLAGS = [
         "--eval-every 5 has no effect without --eval-data; add it or drop the flag"),
     flags("the name of a run for no logger", "--run-name a",
         "--run-name a has no effect without --report-to; add it or drop"),
+    flags("one step to profile", "--profile 10", "--profile is '10'; allowed: FIRST:LAST, steps from 1, as 10:13"),
     flags("another logger", "--report-to all",
         "--report-to is 'all'; allowed: tensorboard, wandb, trackio, each once, separated by"),
     flags("a logger without its package", "--report-to wandb",

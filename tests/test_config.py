@@ -21,6 +21,7 @@ from jaxdpo.config import (
     ScoreConfig,
     SFTConfig,
 )
+from jaxdpo.config.processes import PROCESS_OPTIONS
 from jaxdpo.config.ranges import RANGES
 from jaxdpo.options import flag, from_mapping
 from jaxdpo.types import InputError
@@ -69,6 +70,12 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "ref_model_sync_steps": ([1], [0, -1]),
     "ref_model_mixup_alpha": ([1e-3, 1.0], [0.0, 1.1, math.nan]),
     "center_rewards_coefficient": ([0.0, 0.01], [-0.01, math.inf, math.nan]),
+    "coordinator": (
+        ["host:1", "10.0.0.1:65535", "[fe80::1]:80"],
+        ["host", "host:0", "host:65536", "a b:1", ":1"],
+    ),
+    "num_processes": ([1], [0, -1]),
+    "process_id": ([0, 1], [-1]),
     "learning_rate": ([1e-12, 1.0], [0.0, -1e-6, math.inf, math.nan]),
     "max_grad_norm": ([0.0, 10.0], [-1.0, math.inf, math.nan]),
 }
@@ -86,8 +93,10 @@ def dpo(**options) -> DPOConfig:
 def made(**options):
     """A configuration that has these options, with what it needs besides."""
     kind = next(kind for kind in CONFIGS if set(options) <= {field.name for field in dataclasses.fields(kind)})
-    needs_eval = {"eval_data": "e.jsonl"} if "eval_every" in options else {}
-    return kind(**{**CONFIGS[kind], **needs_eval, **options})
+    needs = {"eval_data": "e.jsonl"} if "eval_every" in options else {}
+    if set(options) & set(PROCESS_OPTIONS):
+        needs = {"coordinator": "host:1", "num_processes": 2, "process_id": 0}
+    return kind(**{**CONFIGS[kind], **needs, **options})
 
 
 def test_every_range_has_its_limits_here():
@@ -104,6 +113,24 @@ def test_past_the_edge_is_refused_by_name(name, value):
     with pytest.raises(InputError) as error:
         made(**{name: value})
     assert str(error.value) == f"{flag(name)} is {value!r}; allowed: {RANGES[name][0]}"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"coordinator": "host:1"}, "--coordinator without --num-processes, --process-id; allowed: all three, or none"),
+        ({"num_processes": 2, "process_id": 0}, "--num-processes, --process-id without --coordinator; allowed: all"),
+        (
+            {"coordinator": "host:1", "num_processes": 2, "process_id": 2},
+            "--process-id 2 of --num-processes 2; allowed: 0 to 1, another one for each process",
+        ),
+    ],
+)
+@pytest.mark.parametrize("config", [DPOConfig, ScoreConfig])
+def test_processes_are_given_whole_or_not_at_all(config, given, message):
+    with pytest.raises(InputError) as error:
+        config(**{**CONFIGS[config], **given})
+    assert str(error.value).startswith(message)
 
 
 @every_config

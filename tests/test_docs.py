@@ -17,6 +17,7 @@ from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
 from jaxdpo.losses import DIVERGENCES, LOSSES, preference_metrics, reward_metrics, unpaired_metrics
 from jaxdpo.train.run_dir import RunDir
 from jaxdpo.train.step import as_floats
+from tests import tiny
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -74,7 +75,11 @@ def test_metrics_page_names_every_metric_in_order():
     metrics = {"loss": 1.0, "grad_norm": 1.0, **preference_metrics(pair, pair, lengths=np.ones((1, 2)))}
     of_a_step = as_floats({name: np.float32(0) for name in metrics})  # in the order of a row
     named = rows_under("## Metrics", page("usage.md"))
-    assert named == ["step", *of_a_step, "learning_rate", "tokens", "pairs_per_second", "data_wait"]
+    assert named == ["step", *of_a_step, "learning_rate", "tokens"]
+
+
+def test_observability_page_names_all_that_is_measured_in_order():
+    assert rows_under("## Metrics", page("observability.md")) == list(tiny.MEASURED)
 
 
 def test_metrics_page_names_every_metric_of_labelled_completions():

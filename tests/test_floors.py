@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
 4 cli -> 3 train, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data,
-plots -> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
+plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -36,6 +36,7 @@ FLOORS = {
     "models": 1,
     "families": 1,
     "sharding": 1,
+    "processes": 1,
     "hub": 2,
     "hf": 2,
     "gguf": 2,
@@ -63,6 +64,7 @@ LIBRARIES = {
         "models",
         "families",
         "sharding",
+        "processes",
         "hf",
         "lm_head",
         "logprobs",
@@ -98,6 +100,7 @@ LIBRARIES = {
         "models",
         "families",
         "sharding",
+        "processes",
         "hf",
         "gguf",
         "forward",

@@ -51,6 +51,28 @@ WITH_TOKENIZER = dataclasses.replace(LLAMA, vocab_size=264, num_layers=1, bos_to
 """For the byte-level tokenizer of `write_model`, whose largest id is 258."""
 
 
+MEASURED = (
+    "pairs_per_second",
+    "tokens_per_second_per_device",
+    "mfu",
+    "goodput",
+    "seconds/compilation",
+    "seconds/data_wait",
+    "seconds/step",
+    "seconds/evaluation",
+    "seconds/checkpoint",
+    "seconds/logging",
+    "compilations",
+    "compilations_cached",
+    "device_memory",
+    "device_memory_peak",
+    "host_memory_peak",
+)
+"""What a row of metrics says of time and machine, in order."""
+AT_TIMES = {"seconds/compilation", "compilations", "compilations_cached", "device_memory", "device_memory_peak"}
+"""Those that a row may lack: where nothing was compiled, or on a CPU."""
+
+
 def decoder(config: TransformerConfig = LLAMA, compute_dtype: str = "float32") -> Decoder:
     return make_decoder(config, compute_dtype=compute_dtype)
 
@@ -110,6 +132,14 @@ def random_ranks(rng: np.random.Generator, count: int) -> tuple[int, ...]:
     return tuple(int(rank) if rank < top else UNRANKED for rank in ranks)
 
 
+def tokenized(prompt: int, *completions: int, label: bool | None = None) -> TokenizedGroup:
+    """A group with a prompt and completions of so many tokens."""
+    ids = [np.arange(1, 1 + size, dtype=np.int32) for size in (prompt, *completions)]
+    cut = (False,) * len(completions)
+    ranks = None if label is None else (0, *(UNRANKED,) * (len(completions) - 1))
+    return TokenizedGroup(ids[0], tuple(ids[1:]), False, cut, Origin("sizes", 1), ranks, label)
+
+
 def of_groups(groups: list[TokenizedGroup]) -> TokenizedDataset:
     """A dataset of these groups in this order."""
     return TokenizedDataset.of(groups)
@@ -125,6 +155,11 @@ def layout(
         row_multiple=row_multiple,
         row_lengths=row_lengths,
     )
+
+
+def timeless(rows: Iterable[dict]) -> list[dict]:
+    """Rows of metrics without what no two runs have in common."""
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def as_dtype(params: dict, dtype: str) -> dict:

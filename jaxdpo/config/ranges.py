@@ -1,11 +1,21 @@
 """What every option allows, in words and as a test: one table, so that an option means the same in every command."""
 
 import math
+import re
 
 from jaxdpo.options import Ranges
 
 PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint", "output", "json", "plot", "prompts")
 """Options in which `~` is the home directory."""
+_ADDRESS = re.compile(r"(\[[\da-fA-F:.]+\]|[\w.-]+):(\d{1,5})", re.ASCII)
+
+
+def is_address(text: str) -> bool:
+    """Whether it is a host, or an IPv6 address in brackets, and a port."""
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and 0 < int(found[2]) < 65536
+
+
 _POSITIVE = ("a whole number of at least 1", lambda v: v >= 1)
 RANGES: Ranges = {
     "model": ("a directory, a hub id or pypi:NAME==VERSION", bool),
@@ -49,6 +59,9 @@ RANGES: Ranges = {
     "gamma": ("a number in [0, 1]", lambda v: 0 <= v <= 1),
     "lam": ("a number in [0, 1]", lambda v: 0 <= v <= 1),
     "missing_eos_penalty": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "coordinator": ("HOST:PORT with a port from 1 to 65535", lambda v: is_address(v)),
+    "num_processes": _POSITIVE,
+    "process_id": ("a whole number of at least 0", lambda v: v >= 0),
     "learning_rate": ("a finite number above 0", lambda v: 0 < v < math.inf),
     "prompts": ("as --data", bool),
     "num_samples": _POSITIVE,

@@ -5,6 +5,7 @@ import dataclasses
 import typing
 
 from jaxdpo.config.names import Attention, DType, Format, Logger, Optimizer, Remat, Resume
+from jaxdpo.config.processes import check_processes
 from jaxdpo.config.ranges import PATHS, RANGES
 from jaxdpo.options import check_fields, flag, option
 from jaxdpo.types import InputError
@@ -76,7 +77,17 @@ class RunConfig(abc.ABC):
         "run",
         None,
     )
+    profile: str | None = option(
+        "steps FIRST:LAST, both included, of which a profiler trace is written to profile/ in --output-dir", "run", None
+    )
     run_name: str | None = option("what the run is called there; by default the name of --output-dir", "run", None)
+    coordinator: str | None = option(
+        "HOST:PORT where process 0 waits for the others; by default as the cluster says, or this process runs alone",
+        "processes",
+        None,
+    )
+    num_processes: int | None = option("how many processes there are", "processes", None)
+    process_id: int | None = option("which of them this is, from 0", "processes", None)
 
     @property
     @abc.abstractmethod
@@ -108,12 +119,25 @@ class RunConfig(abc.ABC):
         return tuple(sorted(lengths, reverse=True))
 
     @property
+    def profiled_steps(self) -> range:
+        """The steps that `profile` names, from 1; empty without it."""
+        if self.profile is None:
+            return range(0)
+        first, colon, last = self.profile.partition(":")
+        if not (colon and all(text.isdecimal() and text.isascii() for text in (first, last))) or not (
+            1 <= int(first) <= int(last)
+        ):
+            raise InputError(f"--profile is {self.profile!r}; allowed: FIRST:LAST, steps from 1, as 10:13")
+        return range(int(first), int(last) + 1)
+
+    @property
     def loggers(self) -> tuple[str, ...]:
         """The names that `report_to` lists."""
         return () if self.report_to is None else split(self.report_to)
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES, PATHS)
+        check_processes(self)
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"--epochs {self.epochs} and --max-steps {self.max_steps} exclude each other; give one")
         if self.eval_every is not None and self.eval_data is None:
@@ -122,7 +146,7 @@ class RunConfig(abc.ABC):
             )
         if self.data_shares is not None and not all(0 < share < float("inf") for share in self.data_shares):
             raise InputError(f"--data-weights is {self.data_weights!r}; allowed: finite numbers above 0")
-        self.lengths_of_rows  # noqa: B018 - checks them
+        self.lengths_of_rows, self.profiled_steps  # noqa: B018 - checks them
         unknown = set(self.loggers) - set(typing.get_args(Logger))
         if unknown or len(set(self.loggers)) < len(self.loggers):
             raise InputError(

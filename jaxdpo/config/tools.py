@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxdpo.config.names import DType, Format
+from jaxdpo.config.processes import check_processes
 from jaxdpo.config.ranges import PATHS, RANGES
 from jaxdpo.options import check_fields, option
 from jaxdpo.types import InputError
@@ -49,9 +50,13 @@ class ScoreConfig:
         "most tokens of one forward pass per device; by default 2048 on CPU, 16384 elsewhere", "compute", None
     )
     mesh: str = option("how devices share rows and parameters, as in jaxdpo dpo", "compute", "auto")
+    coordinator: str | None = option("HOST:PORT of process 0, as in jaxdpo dpo", "processes", None)
+    num_processes: int | None = option("how many processes there are", "processes", None)
+    process_id: int | None = option("which of them this is, from 0", "processes", None)
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES, PATHS)
+        check_processes(self)
 
 
 @dataclasses.dataclass(frozen=True)

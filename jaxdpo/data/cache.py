@@ -82,8 +82,9 @@ def making(target: pathlib.Path) -> Iterator[pathlib.Path]:
     with writing_data():
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(".partial-*"):  # of a process that was killed
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # of one that is done
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(left, ignore_errors=True)
         scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         partial = scratch / target.name

@@ -81,6 +81,18 @@ class StepPlan:
         places = zip(sources.tolist(), offsets.tolist(), strict=True)
         return np.array([self._sources[source].group(epoch, offset) for source, offset in places], np.int64)
 
+    def groups_of_steps(self, start: int, stop: int) -> np.ndarray:
+        """int64 `[...]`: the groups that steps `start` to `stop - 1` hold, each once."""
+        size, epoch = sum(self.sizes), self.num_steps_per_epoch
+        if -(-start // epoch) * epoch + epoch <= stop and min(self.weights or (1,)) >= 1:
+            return np.arange(size)  # a whole epoch, which shows every group
+        seen = np.zeros(size, bool)
+        for step in range(start, stop):
+            seen[self.groups_of_step(step)] = True
+            if (step + 1) % epoch == 0 and seen.all():
+                break
+        return np.flatnonzero(seen)
+
     def sampled_steps(self) -> list[np.ndarray]:
         """Groups of up to eight steps spread over the first epoch, for `choose_capacity`; whole steps if any."""
         whole = max(1, self.groups_per_epoch // self.batch_size)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxdpo.families.table import Config, Family, Index, Table, Weight
 from jaxdpo.models import Decoder, ModelConfig, abstract_params
+from jaxdpo.processes import fetch
 from jaxdpo.types import InputError
 
 
@@ -95,7 +96,10 @@ def table_shapes(table: Table[Config], config: Config) -> dict[str, tuple[int, .
 
 
 def export_tensors(family: Family, decoder: Decoder, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint by name, one at a time on the host, in the order of `table_shapes`."""
+    """Every tensor of the checkpoint by name, one at a time on the host, in the order of `table_shapes`.
+
+    Of parameters that several processes hold, each has to go through all of it.
+    """
     config = decoder.config
     for weight, layer, name in _rows(family, config):
         parts = []
@@ -104,7 +108,7 @@ def export_tensors(family: Family, decoder: Decoder, params: dict[str, Any]) -> 
             param = _descend(params, parents)[last]
             if weight.stacked:
                 param = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
-            parts.append(np.asarray(param))
+            parts.append(fetch(param))
         yield name, weight.to_tensor(config, parts)
 
 

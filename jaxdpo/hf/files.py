@@ -3,6 +3,7 @@
 The only file that touches safetensors. Nothing here unpickles.
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -87,9 +88,12 @@ class Safetensors:
 
 
 def write_weights(
-    directory: pathlib.Path, decoder: Decoder, params: dict[str, Any], dtype: np.dtype, limit: int
+    directory: pathlib.Path | None, decoder: Decoder, params: dict[str, Any], dtype: np.dtype, limit: int
 ) -> None:
-    """One file, or shards of at most `limit` bytes and an index; at most one shard is in host memory."""
+    """One file, or shards of at most `limit` bytes and an index; at most one shard is in host memory.
+
+    None for a directory: another process writes, and this one gives it the parts of the parameters that it holds.
+    """
     family = families.FAMILIES[decoder.config.model_type]
     shapes = families.table_shapes(family, decoder.config)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
@@ -97,6 +101,9 @@ def write_weights(
     numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = numbered if len(shards) > 1 else [_WEIGHTS]
     tensors = families.export_tensors(family, decoder, params)
+    if directory is None:
+        collections.deque(tensors, maxlen=0)
+        return
     for file, names in zip(files, shards, strict=True):
         # Contiguous: safetensors writes the memory of a strided array as it lies, silently wrong.
         shard = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in itertools.islice(tensors, len(names))}

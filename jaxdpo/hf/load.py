@@ -14,6 +14,7 @@ from jaxdpo import families
 from jaxdpo.gguf import find_gguf
 from jaxdpo.hf.files import Safetensors, check_no_adapter, read_json
 from jaxdpo.models import Decoder, TransformerConfig, abstract_params, make_decoder
+from jaxdpo.sharding import place
 from jaxdpo.types import InputError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load_reward_model(
     backbone = dataclasses.replace(decoder, config=dataclasses.replace(found, tie_embeddings=True))
     config, leaf = decoder.config, abstract_params(decoder, mesh)["score"]
     score = np.random.default_rng(seed).normal(scale=config.init_std, size=leaf.shape).astype(leaf.dtype)
-    return decoder, {**_load_params(directory, backbone, mesh), "score": jax.device_put(score, leaf.sharding)}
+    return decoder, {**_load_params(directory, backbone, mesh), "score": place(score, leaf.sharding)}
 
 
 def load_config(directory: str | os.PathLike[str], *, head: str = "lm") -> TransformerConfig:

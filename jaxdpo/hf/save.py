@@ -15,6 +15,7 @@ from jaxdpo import families
 from jaxdpo.families.fields import hf_token_ids
 from jaxdpo.hf.files import move_into_place, write_json, write_weights
 from jaxdpo.models import Decoder, TransformerConfig
+from jaxdpo.processes import fetch, is_main
 from jaxdpo.types import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def save_hf(
       max_shard_bytes: larger checkpoints are split into files of at most this size, with an index.
       overwrite: replace an existing directory.
     Returns:
-      the directory.
+      the directory; where several processes hold the parameters all of them have to call this, and process 0 writes.
     Raises:
       InputError: if the directory is in use, for another dtype, or for a reward model without padding or tokenizer.
     """
@@ -69,6 +70,9 @@ def save_hf(
     if generation_config is None:
         generation_config = _tokenizer_ids(tokenizer) | hf_token_ids(decoder.config)
 
+    if not is_main():
+        write_weights(None, decoder, params, jnp.dtype(dtype), max_shard_bytes)
+        return directory
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -116,7 +120,7 @@ def padded(
         tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
         vocabulary = max(config.vocab_size, tokenizer.pad_token_id + 1)
         new_rows = ((0, vocabulary - config.vocab_size), (0, 0))
-        params = {**params, "tokens": np.pad(np.asarray(params["tokens"]), new_rows)}
+        params = {**params, "tokens": np.pad(fetch(params["tokens"]), new_rows)}
         config = dataclasses.replace(config, vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     return dataclasses.replace(decoder, config=config), params, tokenizer

@@ -2,7 +2,8 @@
 
 A checkpoint is `STEP/params`, `STEP/opt_state`, whatever else the state holds, and `STEP/meta` (step, configuration,
 model, digests). Orbax commits a step by renaming it, so a save that was cut short is never the latest. It does not
-notice a flipped byte, so `meta` holds a CRC-32 of every array, verified when it is read back.
+notice a flipped byte, so `meta` holds a digest of every array, verified when it is read back. Several processes write
+and read one checkpoint together, each its devices' parts; it may be read by another number of them.
 """
 
 import contextlib
@@ -22,6 +23,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxdpo.disk import writing
+from jaxdpo.processes import of_main
+from jaxdpo.sharding import place
+from jaxdpo.train.digests import array_name, tree_digests
 from jaxdpo.train.state import TrainState
 from jaxdpo.types import InputError
 
@@ -71,15 +75,16 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None if there is none."""
+        """Step of the newest complete checkpoint, None if there is none: as process 0 sees it, whom all have to ask."""
         latest = self._checkpointer.latest
-        return None if latest is None else int(latest.step)
+        return of_main(None if latest is None else int(latest.step))
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint where the metric is highest, None if none was saved with it."""
+        """Step of the checkpoint where the metric is highest, None if none was saved with it; see `latest_step`."""
         scored = [checkpoint for checkpoint in self._checkpointer.checkpoints if checkpoint.metrics is not None]
-        return int(max(scored, key=lambda checkpoint: _rank(checkpoint.metrics)).step) if scored else None
+        best = max(scored, key=lambda checkpoint: _rank(checkpoint.metrics), default=None)
+        return of_main(None if best is None else int(best.step))
 
     def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to write the state in the background; returns once it is copied, so the state may be donated.
@@ -121,7 +126,7 @@ class Checkpoints:
         path = self.directory / str(self.latest_step)
         meta = read_meta(path)
         trees = _load(path, _trees(like), meta)
-        return like._replace(step=jax.device_put(np.int32(meta["step"]), like.step.sharding), **trees)
+        return like._replace(step=place(np.int32(meta["step"]), like.step.sharding), **trees)
 
     def close(self) -> None:
         """Waits for the last save and releases the directory; raises what went wrong unless that was raised before."""
@@ -185,12 +190,6 @@ def load_params(path: Path, abstract_params: dict) -> dict:
     return _load(path, {"params": abstract_params}, read_meta(path))["params"]
 
 
-def tree_digests(tree: Any) -> dict[str, int]:
-    """CRC-32 of every array of a pytree (4 GB/s), keyed by its path, dtype and shape."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path, leaf): _crc32(leaf) for path, leaf in leaves}
-
-
 def _rank(score: Mapping[str, float]) -> tuple[float, float, float]:
     """By value; of equal ones the lower loss is the better, then the earlier step."""
     return score["value"], -score["loss"], -score["step"]
@@ -201,18 +200,9 @@ def _trees(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
-def _name(path: jax.tree_util.KeyPath, leaf: Any) -> str:
-    return f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}"
-
-
 def abstract(tree: Any) -> Any:
     """Shape, dtype and sharding of every array of a pytree: what `restore` and `load_params` need once it is gone."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def _crc32(array: Any) -> int:
-    host = np.ascontiguousarray(jax.device_get(array))
-    return zlib.crc32(host.reshape(-1).view(np.uint8).data)
 
 
 def _sealed(text: str) -> dict[str, str]:
@@ -234,7 +224,7 @@ def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
 
 def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     for name, tree in like.items():
-        keys = {_name(key, leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        keys = {array_name(key, leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         stored = set(meta["digests"][name])
         if keys != stored:
             raise InputError(
@@ -248,5 +238,5 @@ def _load(path: Path, like: dict[str, Any], meta: Mapping[str, Any]) -> dict[str
         for key, digest in tree_digests(tree).items():
             if digest != meta["digests"][name][key]:
                 saved = meta["digests"][name][key]
-                raise _damaged(path, f"{name}{key} is not what was saved (CRC-32 {digest:08x}, saved {saved:08x})")
+                raise _damaged(path, f"{name}{key} is not what was saved (digest {digest}, saved {saved})")
     return trees

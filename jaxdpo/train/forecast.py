@@ -1,10 +1,8 @@
 """What a run will do and about how long it will take, printed before it starts."""
 
-import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdpo.config import DPOConfig, RunConfig
@@ -14,9 +12,9 @@ from jaxdpo.data.packing import Costs, Layout
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.data.plan import StepPlan
 from jaxdpo.losses import LOSSES, LossSpec
-from jaxdpo.models import Decoder, TransformerConfig
-from jaxdpo.models.matmul import multiply
+from jaxdpo.models import Decoder
 from jaxdpo.sharding import batch_size_multiple, mesh_summary
+from jaxdpo.train.flops import forward_flops, key_flops, layer_flops, measured_peak, slot_flops
 from jaxdpo.train.memory import device_memory, layout_bytes
 from jaxdpo.types import Batch
 
@@ -30,46 +28,11 @@ BACKWARD = {"none": 3.0, "projections": 3.0, "attention": 4.0, "full": 4.0}
 """Cost of forward, what is computed again and backward over that of the forward pass alone, by `remat`."""
 
 
-def layer_flops(config: TransformerConfig) -> float:
-    """Floating-point operations of the layers on one token, forward, attention left out: two for each weight."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim  # queries, outputs, keys and values
-    mlp = (3 if config.gated_mlp else 2) * config.mlp_dim
-    return 2.0 * config.num_layers * config.embed_dim * (heads + mlp)
-
-
-def key_flops(config: TransformerConfig) -> float:
-    """Of attention for one query and one key that it is computed with, in all layers: score and weighted value."""
-    return 4.0 * config.num_layers * config.num_heads * config.head_dim
-
-
-def slot_flops(config: TransformerConfig) -> float:
-    """Of the LM head on one slot; a score head's are nothing beside the layers'."""
-    return 2.0 * config.vocab_size * config.embed_dim if config.head == "lm" else 0.0
-
-
 def layout_costs(decoder: Decoder) -> Costs:
     """What the choice of a layout weighs, by the widths of the model and by the keys that its attention computes."""
     config, layers = decoder.config, layer_flops(decoder.config)
     whole_rows = decoder.attention not in SKIPPING
     return Costs(slot=slot_flops(config) / layers, key=key_flops(config) / layers if whole_rows else 0.0)
-
-
-def forward_flops(config: TransformerConfig, *, rows: int, length: int, slots: int, keys: float) -> float:
-    """Of one forward pass over packed rows, padding included, where each query is computed with so many keys."""
-    per_token = layer_flops(config) + keys * key_flops(config)
-    return rows * (length * per_token + slots * slot_flops(config))
-
-
-def measured_peak(dtype: str, *, size: int = 1024, seconds: float = 0.3) -> float:
-    """Matrix-product rate of the first device in FLOP/s, by multiplying for `seconds`."""
-    x = jnp.ones((size, size), dtype)
-    square = jax.jit(lambda x: multiply(x, x))
-    square(x).block_until_ready()
-    began, products = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        square(x).block_until_ready()
-        products += 1
-    return products * 2.0 * size**3 / (time.perf_counter() - began)
 
 
 def print_forecast(
@@ -97,7 +60,7 @@ def print_forecast(
     passes += total if config.reference_at_every_step else loss.needs_reference * min(total, order.num_steps_per_epoch)
     work = flops * (BACKWARD[model.remat] * total + passes)
     seconds = work / (UTILISATION * measured_peak(str(model.multiplied_dtype)) * len(devices))
-    device = next(iter(devices))
+    device = mesh.local_devices[0]
     activations, of = layout_bytes(model, layout, mesh), device_memory(device)
     print(f"model      {size / 1e6:.1f} M parameters, {config.dtype}, on {mesh_summary(mesh)}")
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"

@@ -47,9 +47,9 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """`metrics.jsonl` and the other loggers of a run, written to as one."""
+    """`metrics.jsonl` and the other loggers of a run, written to as one; nothing at all without `metrics`."""
 
-    def __init__(self, metrics: MetricsWriter) -> None:
+    def __init__(self, metrics: MetricsWriter | None = None) -> None:
         self._metrics = metrics
         self._others: dict[str, Logger] = {}
 
@@ -74,13 +74,15 @@ class Loggers:
         Raises:
           RunStopped: if `metrics.jsonl` cannot be written.
         """
-        self._metrics.write(row)
+        if self._metrics is not None:
+            self._metrics.write(row)
         step, numbers = int(row["step"]), {name: value for name, value in row.items() if name != "step"}
         self._each(lambda logger: logger.write(step, numbers))
 
     def close(self) -> None:
         """Closes all of them."""
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._each(lambda logger: logger.close())
 
     def _each(self, action: Callable[[Logger], None]) -> None:

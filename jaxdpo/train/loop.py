@@ -1,13 +1,14 @@
 """The training loop: batch, step, check, log, evaluate, save."""
 
-import time
+import contextlib
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tqdm
 
+from jaxdpo import processes
 from jaxdpo.data.groups import TokenizedGroup
 from jaxdpo.losses import LossSpec
 from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, slot_logps
@@ -19,6 +20,7 @@ from jaxdpo.train.loggers import Loggers
 from jaxdpo.train.objective import GroupData, Outputs, group_data, group_losses, joined_groups, step_counts
 from jaxdpo.train.state import TrainState, move_reference
 from jaxdpo.train.step import Microbatch, StepPrograms, run_step, shortest
+from jaxdpo.train.watch import Watch
 from jaxdpo.types import Batch, RunInterrupted, RunStopped
 
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -51,19 +53,6 @@ class MovingReference(NamedTuple):
     """How far, from 0 to 1."""
 
 
-class Timing(NamedTuple):
-    """Where the time of the steps went."""
-
-    first: float
-    """Seconds of the first step, which compiles."""
-    steps: int = 0
-    """How many others compiled nothing."""
-    seconds: float = 0.0
-    """Of those."""
-    waited: float = 0.0
-    """Seconds of them in which the data was waited for."""
-
-
 class Objective(NamedTuple):
     """What is minimised, and against which reference."""
 
@@ -93,7 +82,8 @@ def train(
     evaluate: Callable[[TrainState], Evaluation] | None,
     writer: Loggers,
     checkpoints: Checkpoints,
-) -> tuple[TrainState, Evaluation | None, Timing | None]:
+    watch: Watch,
+) -> tuple[TrainState, Evaluation | None]:
     """Runs optimizer steps until `schedule.total`; the last one is always evaluated and saved.
 
     Args:
@@ -105,31 +95,29 @@ def train(
       evaluate: what a state does on held-out data, or None without it.
       writer: gets one row per step.
       checkpoints: where states go.
+      watch: measures the steps; its first row begins here.
     Returns:
-      The last state; its evaluation, None without held-out data, or if nothing was left to do; and where the time went,
-      None if nothing was left to do.
+      The last state, and its evaluation: None without held-out data, or if nothing was left to do.
     Raises:
       FloatingPointError: for a loss or gradient that is not finite; names step, examples and last good checkpoint.
       RunInterrupted: after Ctrl-C or SIGTERM; the step that was under way is done and saved.
       RunStopped: if the first loss is not that of a policy equal to its reference, or a disk is full.
     """
     mesh = state.mesh
-    evaluation = timing = None
-    compiled: set[tuple] = set()
-    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step")
-    with progress as bar, Interruption() as stop:
-        began = time.perf_counter()
+    evaluation, quiet = None, not processes.is_main()
+    progress = tqdm.tqdm(total=schedule.total, initial=int(state.step), desc="train", unit="step", disable=quiet)
+    with progress as bar, Interruption() as stop, contextlib.closing(watch):
         for step, batches in steps:
-            placed = place_batch(batches, mesh)
-            waited = time.perf_counter() - began
-            counts = step_counts(batches)
-            microbatches = [
-                Microbatch(here, place_batch(objective.ref_logps(state, batch), mesh))
-                for batch, here in zip(batches, placed, strict=True)
-            ]
-            state, metrics, losses = run_step(programs, state, microbatches, counts, objective.scalars)
-            stop.hold()
-            seconds = time.perf_counter() - began
+            with watch.step(step + 1, batches):
+                placed = place_batch(batches, mesh)
+                watch.ready()
+                counts = step_counts(batches)
+                microbatches = [
+                    Microbatch(here, place_batch(objective.ref_logps(state, batch), mesh))
+                    for batch, here in zip(batches, placed, strict=True)
+                ]
+                state, metrics, losses = run_step(programs, state, microbatches, counts, objective.scalars)
+                stop.hold()
             if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
                 raise FloatingPointError(_not_finite(step + 1, metrics, batches, losses, objective.groups, checkpoints))
             if step == 0:
@@ -137,51 +125,38 @@ def train(
             moving = objective.reference if isinstance(objective.reference, MovingReference) else None
             if moving is not None and (step + 1) % moving.sync_steps == 0:
                 state = move_reference(state, moving.mixup)
-            timing = _timed(timing, seconds, waited, compiles=_compiles(batches, compiled))
-            row = {
-                "step": step + 1,
-                **metrics,
-                "learning_rate": shortest(schedule.learning_rate(step)),
-                "tokens": sum(int((batch.group > 0).sum()) for batch in batches),
-                "pairs_per_second": float(counts.groups) / seconds,
-                "data_wait": waited / seconds,
-            }
+            learning_rate = shortest(schedule.learning_rate(step))
+            watch.lap("step")
             last, evaluated = step + 1 == schedule.total, None
             if evaluate and (last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0)):
                 evaluation = evaluated = evaluate(state)
-                row |= evaluated.metrics
-            writer.write(row)
-            stopping = stop.requested  # read once: a signal that comes during the save waits for the next step
-            due = last or stopping or (step + 1) % schedule.save_every == 0
-            if due or (evaluated and schedule.save_evaluated):
-                checkpoints.save(state, evaluated.metrics if evaluated else None)
+                watch.lap("evaluation")
+            measured = watch.row(step + 1, int(counts.groups))
+            row = {"step": step + 1, **metrics, "learning_rate": learning_rate, **measured}
+            with processes.together():
+                writer.write(row | (evaluated.metrics if evaluated else {}))
             shown = [f"{name} {row[name]:.4f}" for name in SHOWN if name in row]
             bar.set_postfix_str(", ".join([*shown, f"{row['pairs_per_second']:.2f} pairs/s"]), refresh=False)
             bar.update()
-            began = time.perf_counter()
+            watch.lap("logging")
+            stopping = _signal_of_any(stop)  # read once: one that comes during the save waits for the next step
+            due = last or stopping or (step + 1) % schedule.save_every == 0
+            if due or (evaluated and schedule.save_evaluated):
+                checkpoints.save(state, evaluated.metrics if evaluated else None)
+                watch.lap("checkpoint")
             if stopping:
                 break
         checkpoints.wait()
-        if stop.signal is not None:
-            raise RunInterrupted(_interrupted(stop.signal.name, checkpoints, schedule.total), stop.signal)
-    return state, evaluation, timing
+        watch.lap("checkpoint")
+        if (number := _signal_of_any(stop)) is not None:
+            raise RunInterrupted(_interrupted(number.name, checkpoints, schedule.total), number)
+    return state, evaluation
 
 
-def _timed(timing: Timing | None, seconds: float, waited: float, *, compiles: bool) -> Timing:
-    """The timing with one more step."""
-    if timing is None:
-        return Timing(seconds)
-    if compiles:
-        return timing
-    return timing._replace(steps=timing.steps + 1, seconds=timing.seconds + seconds, waited=timing.waited + waited)
-
-
-def _compiles(batches: Sequence[Batch], compiled: set[tuple]) -> bool:
-    """Whether a step is the first that runs the programs of its shapes; `compiled` are those of the steps before."""
-    needed = {(len(batches) > 1, batch.tokens.shape) for batch in batches}
-    new = not needed <= compiled
-    compiled |= needed
-    return new
+def _signal_of_any(stop: Interruption) -> signal.Signals | None:
+    """The signal that came to one of the processes: all of them stop after the same step."""
+    number = processes.largest(stop.signal or 0)
+    return signal.Signals(number) if number else None
 
 
 def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microbatch], objective: Objective) -> None:
@@ -210,7 +185,7 @@ def check_first_loss(metrics: Mapping[str, float], microbatches: Sequence[Microb
 
 def _loss_at_reference(microbatches: Sequence[Microbatch], objective: Objective) -> float:
     """The loss of a step whose policy has the reference's log-probs."""
-    parts = jax.device_get([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
+    parts = processes.fetch([group_data(*microbatch, objective.scalars) for microbatch in microbatches])
     data: GroupData = joined_groups(parts, [part.where.any(axis=-1) for part in parts])
     shared = {} if objective.loss.running is None else {"baseline": 0.0}  # all rewards are 0
     losses = group_losses(objective.loss, Outputs(data.ref_logps, {}), data, objective.scalars, shared)

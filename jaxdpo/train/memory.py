@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ from jaxdpo.config import RunConfig
 from jaxdpo.data.packing import Layout
 from jaxdpo.lm_head import SLOT_CHUNK, VOCAB_BLOCK
 from jaxdpo.models import Decoder
+from jaxdpo.processes import gathered
 from jaxdpo.sharding import batch_size_multiple, tokens_apart
 from jaxdpo.types import RunStopped
 
@@ -76,6 +79,21 @@ def device_memory(device: jax.Device) -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+IN_USE = {"device_memory": "bytes_in_use", "device_memory_peak": "peak_bytes_in_use"}
+"""Metric -> what jax calls it."""
+RSS_UNIT = 1 if sys.platform == "darwin" else 2**10
+"""Bytes that `ru_maxrss` counts in."""
+
+
+def memory_in_use(mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """GiB in use, now and at most: of the fullest device of this process, where devices tell, and of the process."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    fullest = {metric: max((of.get(name, 0) for of in stats), default=0) for metric, name in IN_USE.items()}
+    found = {metric: value for metric, value in fullest.items() if value}
+    found["host_memory_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    return {metric: round(value / 2**30, 3) for metric, value in found.items()}
+
+
 def choose_remat(decoder: Decoder, layout: Layout, state: int, mesh: jax.sharding.Mesh) -> Decoder:
     """The decoder with the fastest policy of recomputation that fits by the estimate; with `full` if none does.
 
@@ -85,8 +103,8 @@ def choose_remat(decoder: Decoder, layout: Layout, state: int, mesh: jax.shardin
       state: `state_bytes`.
       mesh: where it runs.
     """
-    device = mesh.devices.flat[0]
-    usable = USABLE.get(device.platform, USABLE_ELSEWHERE) * device_memory(device)
+    device = mesh.local_devices[0]
+    usable = USABLE.get(device.platform, USABLE_ELSEWHERE) * min(gathered(device_memory(device)))
     for remat in CHOSEN:
         chosen = dataclasses.replace(decoder, remat=remat)
         if state + layout_bytes(chosen, layout, mesh) <= usable:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import tqdm
 
+from jaxdpo import processes
 from jaxdpo.config import RunConfig
 from jaxdpo.data.audit import Audit
 from jaxdpo.data.audit_text import summary
@@ -23,14 +24,16 @@ from jaxdpo.hub import resolve_model
 from jaxdpo.losses import LossSpec
 from jaxdpo.models import Decoder, TransformerConfig
 from jaxdpo.sharding import batch_size_multiple, length_multiple, make_mesh, mesh_sizes, num_slices, tokens_apart
-from jaxdpo.train.checkpoint import tree_digests
+from jaxdpo.train.agreement import agree_on_inputs
 from jaxdpo.train.defaults import choose_microbatch_tokens, default_attention, default_dtype, precision
+from jaxdpo.train.digests import tree_digests
 from jaxdpo.train.forecast import layout_costs, print_forecast
 from jaxdpo.train.loop import Schedule
 from jaxdpo.train.memory import choose_remat, state_bytes
 from jaxdpo.train.objective import Task
 from jaxdpo.train.optimizer import make_optimizer, warmup_schedule
-from jaxdpo.train.run_dir import RunDir
+from jaxdpo.train.profile import steps_to_profile
+from jaxdpo.train.run_dir import RunDir, stated
 from jaxdpo.types import InputError
 
 SAVES = 10
@@ -104,41 +107,33 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     Raises:
       InputError: for whatever of it cannot be used.
     """
-    recipe.check(config)
-    names = [name for name in (config.data, config.eval_data) if name is not None]
-    for name in names:
-        open_sources(name)  # before a model is downloaded
-    source = resolve_model(config.model)
-    print(f"model      {config.model}, from {source}")
-    architecture = load_config(source, head=recipe.head)
-    mesh = mesh_of(config.mesh, devices, architecture)
-    tokenizer = load_tokenizer(source)
-    hf_generation_config(source)  # kept with the run: one that is damaged is found before anything is written
-    shares = (config.data_shares, None)  # held-out data is seen as it is
-    data = [_load(*item, tokenizer, config, recipe) for item in zip(names, shares, strict=False)]
-    for _, dataset in data:
-        check_fits(dataset, architecture)
-    loss = recipe.choose_loss(config, [item.dataset for item in data])
+    with processes.together():
+        recipe.check(config)
+        names = [name for name in (config.data, config.eval_data) if name is not None]
+        for name in names:
+            open_sources(name)  # before a model is downloaded
+        source = resolve_model(config.model)
+        print(f"model      {config.model}, from {source}")
+        architecture = load_config(source, head=recipe.head)
+        mesh = mesh_of(config.mesh, devices, architecture)
+        tokenizer = load_tokenizer(source)
+        hf_generation_config(source)  # kept with the run: one that is damaged is found before anything is written
+        shares = (config.data_shares, None)  # held-out data is seen as it is
+        data = [_load(*item, tokenizer, config, recipe) for item in zip(names, shares, strict=False)]
+        for _, dataset in data:
+            check_fits(dataset, architecture)
+        loss = recipe.choose_loss(config, [item.dataset for item in data])
 
-    dtype = config.dtype or default_dtype(devices)
-    compute_dtype, product_dtype = precision(dtype, devices)
-    model, params = recipe.load(config, source, compute_dtype=compute_dtype, mesh=mesh)
-    attention = config.attention or default_attention(devices, architecture)
-    model = dataclasses.replace(model, attention=attention, product_dtype=product_dtype)
-    datasets = [item.dataset for item in data]
-    microbatch_tokens = choose_microbatch_tokens(config.microbatch_tokens, datasets, devices, config.lengths_of_rows)
-    order = StepPlan(
-        data[0].dataset.sizes, config.batch_size, seed=config.seed, shuffle=config.shuffle, weights=config.data_shares
-    )
-    layout = choose_capacity(
-        datasets,
-        order.sampled_steps(),
-        max_microbatch_tokens=microbatch_tokens * tokens_apart(mesh),
-        row_multiple=batch_size_multiple(mesh),
-        length_multiple=length_multiple(mesh),
-        row_lengths=config.lengths_of_rows,
-        costs=layout_costs(model),
-    )
+        dtype = config.dtype or default_dtype(devices)
+        compute_dtype, product_dtype = precision(dtype, devices)
+        model, params = recipe.load(config, source, compute_dtype=compute_dtype, mesh=mesh)
+        attention = config.attention or default_attention(devices, architecture)
+        model = dataclasses.replace(model, attention=attention, product_dtype=product_dtype)
+        datasets, lengths = [item.dataset for item in data], config.lengths_of_rows
+        microbatch_tokens = choose_microbatch_tokens(config.microbatch_tokens, datasets, devices, lengths)
+        order, layout = _steps(config, datasets, model, mesh, microbatch_tokens)
+    options = ("--data", "--eval-data")
+    agree_on_inputs(source, {f"what {of} holds": item.loaded.digest for of, item in zip(options, data, strict=False)})
     state = _state_bytes(config, params, datasets[0], layout, order)
     if config.remat is None:
         model = choose_remat(model, layout, state, mesh)
@@ -146,6 +141,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
         model = dataclasses.replace(model, remat=config.remat)
     epochs = config.epochs or (1 if config.max_steps is None else None)
     total = config.max_steps or order.num_steps_per_epoch * (epochs or 1)
+    steps_to_profile(config.profiled_steps, 0, total)
     save_every = config.save_every or math.ceil(total / SAVES)
     config = dataclasses.replace(
         config,
@@ -159,7 +155,7 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     )
     print_forecast(config, loss, model, params, state, datasets, layout, order, total)
     meta = {
-        "config": dataclasses.asdict(config),
+        "config": stated(config),
         "head": recipe.head,
         "data": [item.loaded.content for item in data],
         "tokens": [item.loaded.digest for item in data],
@@ -169,6 +165,29 @@ def prepare(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device]) ->
     eval_every = config.eval_every or (save_every if recipe.keep_best and config.eval_data else None)
     schedule = Schedule(total, save_every, eval_every, learning_rate, recipe.keep_best is not None)
     return Prepared(config, data, loss, source, tokenizer, model, params, layout, order, schedule, mesh, meta)
+
+
+def _steps(
+    config: RunConfig,
+    datasets: Sequence[TokenizedDataset],
+    model: Decoder,
+    mesh: jax.sharding.Mesh,
+    microbatch_tokens: int,
+) -> tuple[StepPlan, Layout]:
+    """Which groups are in which step, and the shapes of their batches."""
+    order = StepPlan(
+        datasets[0].sizes, config.batch_size, seed=config.seed, shuffle=config.shuffle, weights=config.data_shares
+    )
+    layout = choose_capacity(
+        datasets,
+        order.sampled_steps(),
+        max_microbatch_tokens=microbatch_tokens * tokens_apart(mesh),
+        row_multiple=batch_size_multiple(mesh),
+        length_multiple=length_multiple(mesh),
+        row_lengths=config.lengths_of_rows,
+        costs=layout_costs(model),
+    )
+    return order, layout
 
 
 def mesh_of(mesh: str, devices: Sequence[jax.Device], architecture: TransformerConfig) -> jax.sharding.Mesh:
@@ -197,7 +216,8 @@ def load_policy(config: RunConfig, source: Path, **placement: Any) -> tuple[Deco
 
 def _load(name: str, weights: tuple[float, ...] | None, tokenizer: Any, config: RunConfig, recipe: Recipe) -> Data:
     """What a text of `--data` names; prints what it holds."""
-    with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=None) as bar:
+    quiet = None if processes.is_main() else True
+    with tqdm.tqdm(desc="tokenize", unit="record", leave=False, disable=quiet) as bar:
         loaded = load_dataset(
             name,
             tokenizer,

@@ -8,6 +8,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
+from jaxdpo import processes
 from jaxdpo.config import DPOConfig, QuickstartConfig
 from jaxdpo.hub import HubUnreachable, resolve_model
 from jaxdpo.train.dpo import run_dpo
@@ -33,20 +34,29 @@ RECIPE: dict[str, Any] = {
 
 def run_quickstart(config: QuickstartConfig) -> RunResult:
     """Runs the recipe and prints what it changed, where everything lies and what to try next."""
+    processes.start()
+    with processes.only_main_prints():
+        return _run(config)
+
+
+def _run(config: QuickstartConfig) -> RunResult:
+    """`run_quickstart` on processes that are connected."""
     run = RunDir(Path(config.output_dir))
     recipe = dict(RECIPE)
     if config.max_steps is not None:
         recipe |= {"epochs": None, "max_steps": config.max_steps}
     asked = DPOConfig(
-        model=config.model or _default_model(run),
+        model=processes.of_main(config.model or _default_model(run)),
         data=str(run.root / "data" / TRAIN_FILE),
         eval_data=str(run.root / "data" / HELD_OUT_FILE),
         output_dir=config.output_dir,
         seed=config.seed,
         **recipe,
     )
-    claim(asked)  # before anything is written there
-    write_data(run.root / "data")
+    with processes.together():
+        if processes.is_main():
+            claim(asked)  # before anything is written there
+            write_data(run.root / "data")
     print("recipe     " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
     result = run_dpo(asked)
     print_report(result, asked)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxdpo import processes
 from jaxdpo.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jaxdpo.train.forecast import duration
-from jaxdpo.train.loop import Timing
 from jaxdpo.train.run import RunResult
 from jaxdpo.train.run_dir import RunDir
+from jaxdpo.train.stopwatch import PHASES
+from jaxdpo.train.watch import Timing, Usage
 
 SHOWN: dict[type, dict[str, str]] = {
     DPOConfig: {"accuracy": "rewards/accuracies", "margin": "rewards/margins"},  # single completions have no accuracy
@@ -21,11 +23,22 @@ SHOWN: dict[type, dict[str, str]] = {
 
 
 def print_report(result: RunResult, config: RunConfig) -> None:
-    """Prints held-out metrics before and after (where there is held-out data), files and a next command."""
+    """Prints held-out metrics before and after (where there is held-out data), files and a next command.
+
+    Of several processes the first prints.
+    """
+    with processes.only_main_prints():
+        _print(result, config)
+
+
+def _print(result: RunResult, config: RunConfig) -> None:
     run = RunDir(Path(config.output_dir))
     print(f"\ndone       step {result.steps}, {duration(result.seconds)}")
-    if result.timing is not None:
-        print(f"time       {_steps(result.timing)}")
+    if result.usage is not None:
+        print(f"time       {_steps(result.usage.timing)}")
+        if result.usage.timing.steps:
+            print(f"speed      {_speed(result.usage)}")
+        print(f"goodput    {_goodput(result.usage)}")
     if result.before is not None and result.after is not None:
         print(f"held out   {result.after.examples} examples, before -> after")
         for label, name in SHOWN[type(config)].items():
@@ -46,6 +59,27 @@ def _steps(timing: Timing) -> str:
         return first
     waiting = timing.waited / timing.seconds
     return f"{first}, then {timing.seconds / timing.steps:.3g} s a step, {waiting:.1%} of it waiting for data"
+
+
+def _speed(usage: Usage) -> str:
+    """What these steps, those that compile left out, made of the devices, for people."""
+    return (
+        f"{usage.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {usage.mfu:.1%} of "
+        f"{usage.peak.flops / 1e12:.3g} TFLOP/s ({usage.peak.source})"
+    )
+
+
+def _goodput(usage: Usage) -> str:
+    """Which share of the time until the end of training was of use, and where the rest went, for people."""
+    total = sum(usage.spent.values())
+    cached = f", {usage.cached} from the cache" if usage.cached else ""
+    notes = {"compilation": f" ({usage.programs} programs{cached})"}
+    others = [
+        f"{name} {usage.spent[phase] / total:.1%}{notes.get(phase, '')}"
+        for phase, name in PHASES.items()
+        if phase != "step" and usage.spent[phase]
+    ]
+    return f"{usage.goodput:.1%} of {duration(total)} in steps that count\n{' ' * 11}{', '.join(others)}"
 
 
 def _with_another_beta(config: Any, run: RunDir) -> list[str]:

@@ -1,8 +1,7 @@
 """One training run, from raw records to an exported Hugging Face directory. It reads top to bottom."""
 
 import contextlib
-import dataclasses
-import time
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,25 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo import plots
+from jaxdpo import plots, processes
 from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.pipeline import prefetched
-from jaxdpo.data.plan import StepPlan
 from jaxdpo.disk import writing
 from jaxdpo.reference import FrozenReference, LogpProgram, TokenLogps, make_logp_program
 from jaxdpo.reference_cache import reference_facts, stored_logps, tokens_digest
+from jaxdpo.train.agreement import claim_together, create_together
 from jaxdpo.train.checkpoint import Checkpoints, abstract, load_params, read_meta
 from jaxdpo.train.evaluation import Evaluation, held_out_evaluation
 from jaxdpo.train.export import keep_model_files
-from jaxdpo.train.loggers import check_loggers, open_loggers
-from jaxdpo.train.loop import MovingReference, Objective, Timing, train
+from jaxdpo.train.flops import peak_of, useful_flops
+from jaxdpo.train.loggers import Loggers, check_loggers, open_loggers
+from jaxdpo.train.loop import MovingReference, Objective, train
 from jaxdpo.train.memory import memory_advice
 from jaxdpo.train.optimizer import make_optimizer
 from jaxdpo.train.prepare import Data, Prepared, Recipe, prepare
-from jaxdpo.train.run_dir import RunDir, claim, write_config
+from jaxdpo.train.profile import Profile, steps_to_profile
+from jaxdpo.train.run_dir import RunDir, stated, stored_config, write_config
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.train.step import make_programs
-from jaxdpo.train.writer import read_metrics
+from jaxdpo.train.stopwatch import Compilations, Stopwatch
+from jaxdpo.train.watch import Usage, Watch
+from jaxdpo.train.writer import last_step, read_metrics
 from jaxdpo.types import InputError
 
 REF_MODEL_MIXUP_ALPHA = 0.6
@@ -47,8 +50,8 @@ class RunResult(NamedTuple):
     """Held-out pairs under the trained policy."""
     seconds: float
     """Of this call, from its first line to the export."""
-    timing: Timing | None
-    """Of its steps; None if there were none left to do."""
+    usage: Usage | None
+    """Of time and devices until the end of training; None if there were no steps left to do."""
 
 
 def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Device] | None = None) -> RunResult:
@@ -65,42 +68,62 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
       RunStopped: if policy and reference are not computed alike: the first loss is not that of equal ones; or if a
         disk is full or read-only, or a device out of memory.
     """
-    began = time.perf_counter()
-    check_loggers(config.loggers)
-    config, run = claim(config), RunDir(Path(config.output_dir))
-    ready = prepare(config, recipe, jax.devices() if devices is None else devices)
+    with Compilations() as compilations:
+        stopwatch = Stopwatch(compilations)
+        check_loggers(config.loggers)
+        processes.start(config.coordinator, config.num_processes, config.process_id)
+        with processes.only_main_prints():
+            return _run(config, recipe, jax.devices() if devices is None else devices, stopwatch)
+
+
+def _run(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device], stopwatch: Stopwatch) -> RunResult:
+    """`run_training` on processes that are connected, its time told by phase."""
+    config, run = claim_together(config), RunDir(Path(config.output_dir))
+    with processes.together():  # before the file is written anew
+        again = run.config.exists() and stored_config(run, type(config)).profile == config.profile
+    ready = prepare(config, recipe, devices)
     config, data, schedule, loss = ready.config, ready.data, ready.schedule, ready.loss
     layout, order, mesh, scalars = ready.layout, ready.order, ready.mesh, recipe.scalars(ready.config)
     task = recipe.task(ready.model, loss)
-    run.create()
+    create_together(run)
     with (
         jax.set_mesh(mesh),
         memory_advice(config),
         contextlib.closing(Checkpoints(run.checkpoints, ready.meta, keep_best=recipe.keep_best)) as checkpoints,
     ):
         start = _starting_step(checkpoints, schedule.total)
-        write_config(run, config)
-        keep_model_files(run, ready.source, ready.tokenizer)
+        traced = steps_to_profile(config.profiled_steps, start, schedule.total, again=again)
+        profile = Profile(run.profile, traced if processes.is_main() else range(0))
+        with processes.together():
+            if processes.is_main():
+                write_config(run, config)
+                keep_model_files(run, ready.source, ready.tokenizer)
         optimizer = make_optimizer(config)
         params = ready.params if start else recipe.start(ready)  # a resumed run has its own below
+        stopwatch.lap("start")
         reference = _reference(config, ready, start)
+        stopwatch.lap("reference")
         state = init_state(params, optimizer, mesh, loss=loss, moving_reference=_moving(config))
         del params
         before = held_out = None
+        stopwatch.lap("start")
         if len(data) > 1:
             before, held_out = held_out_evaluation(
                 task, scalars, data[1].dataset, layout, state, reference=reference.held_out
             )
+        stopwatch.lap("evaluation")
         objective = Objective(loss, scalars, reference.training, str(config.dtype), data[0].dataset.groups)
         if start:
             state = _resumed(state, checkpoints)
-        name, options = config.run_name or run.root.absolute().name, dataclasses.asdict(config)
-        with contextlib.closing(
-            open_loggers(config.loggers, run.root, run_name=name, config=options, resume_step=start)
-        ) as writer:
+        redone = last_step(run.metrics) if processes.is_main() else 0  # before the rows behind the checkpoint are cut
+        with contextlib.closing(_loggers(config, run, start)) as writer:
             if before is not None and start == 0:
                 writer.write({"step": 0, **before.metrics})
-            state, after, timing = train(
+            stopwatch.lap("start")
+            flops = functools.partial(useful_flops, ready.model.config, reference=config.reference_at_every_step)
+            peak = peak_of(mesh.local_devices[0], str(ready.model.multiplied_dtype))
+            watch = Watch(stopwatch, flops, peak, mesh, profile, redone=redone)
+            state, after = train(
                 state,
                 make_programs(task, optimizer, jax.tree.map(lambda x: x.sharding, state)),
                 prefetched(data[0].dataset, order, layout, start, schedule.total),
@@ -109,17 +132,31 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
                 evaluate=held_out,
                 writer=writer,
                 checkpoints=checkpoints,
+                watch=watch,
             )
-        if recipe.keep_best and checkpoints.best_step not in (None, schedule.total):
-            print(f"best       step {checkpoints.best_step}: highest {recipe.keep_best}")
-            state, after = _best(state, checkpoints), None
+            usage = watch.usage()
+        best = checkpoints.best_step if recipe.keep_best else None
+        if best not in (None, schedule.total):
+            print(f"best       step {best}: highest {recipe.keep_best}")
+            state, after = _best(state, checkpoints.directory / str(best)), None
         if held_out is not None and after is None:  # of the best, or the run was complete already
             after = held_out(state)
         recipe.export(run, ready, state.params)
         title = f"{config.model}, {config.objective} on {Path(config.data).name}"
-        with writing(run.curves):
-            plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
-    return RunResult(schedule.total, before, after, time.perf_counter() - began, timing)
+        with processes.together(), writing(run.curves):
+            if processes.is_main():
+                plots.save_curves(read_metrics(run.metrics), run.curves, title=title)
+    return RunResult(schedule.total, before, after, stopwatch.elapsed, usage)
+
+
+def _loggers(config: RunConfig, run: RunDir, start: int) -> Loggers:
+    """Where the rows of a run go; on other processes than 0 nowhere."""
+    writer = Loggers()
+    with processes.together():
+        if processes.is_main():
+            name = config.run_name or run.root.absolute().name
+            writer = open_loggers(config.loggers, run.root, run_name=name, config=stated(config), resume_step=start)
+    return writer
 
 
 def _moving(config: RunConfig) -> bool:
@@ -149,7 +186,7 @@ def _reference(config: RunConfig, ready: Prepared, start: int) -> Reference:
         return Reference(FrozenReference(program, jax.tree.map(jnp.copy, ready.params)))
     training = held_out = None
     if start < ready.schedule.total:
-        seen = groups_of_steps(ready.order, start, ready.schedule.total)
+        seen = ready.order.groups_of_steps(start, ready.schedule.total)
         training = _stored(ready, program, ready.data[0], seen)
     for data in ready.data[1:]:
         logps = _stored(ready, program, data, np.arange(len(data.dataset)), of="held out: ")
@@ -173,24 +210,12 @@ def _stored(ready: Prepared, program: LogpProgram, data: Data, examples: np.ndar
     return stored.logps
 
 
-def groups_of_steps(order: StepPlan, start: int, stop: int) -> np.ndarray:
-    """int64 `[...]`: the groups that steps `start` to `stop - 1` hold, each once."""
-    size, epoch = sum(order.sizes), order.num_steps_per_epoch
-    if -(-start // epoch) * epoch + epoch <= stop and min(order.weights or (1,)) >= 1:
-        return np.arange(size)  # a whole epoch, which shows every group
-    seen = np.zeros(size, bool)
-    for step in range(start, stop):
-        seen[order.groups_of_step(step)] = True
-        if (step + 1) % epoch == 0 and seen.all():
-            break
-    return np.flatnonzero(seen)
-
-
 def _starting_step(checkpoints: Checkpoints, total: int) -> int:
     """Step of the latest checkpoint, 0 without one; InputError if model or data are not those it was saved with."""
-    if checkpoints.latest_step is None:
+    latest = checkpoints.latest_step
+    if latest is None:
         return 0
-    path = checkpoints.directory / str(checkpoints.latest_step)
+    path = checkpoints.directory / str(latest)
     saved = read_meta(path)
     for name, what in (
         ("data", "data"),
@@ -211,11 +236,11 @@ def _starting_step(checkpoints: Checkpoints, total: int) -> int:
     return saved["step"]
 
 
-def _best(state: TrainState, checkpoints: Checkpoints) -> TrainState:
-    """The last state with the best checkpoint's parameters."""
+def _best(state: TrainState, checkpoint: Path) -> TrainState:
+    """The last state with a checkpoint's parameters."""
     like = abstract(state.params)
     jax.tree.map(lambda x: x.delete(), state.params)
-    return state._replace(params=load_params(checkpoints.directory / str(checkpoints.best_step), like))
+    return state._replace(params=load_params(checkpoint, like))
 
 
 def _resumed(state: TrainState, checkpoints: Checkpoints) -> TrainState:

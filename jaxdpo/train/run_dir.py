@@ -4,6 +4,7 @@ config.yaml     the resolved configuration; the same command with `--config` on 
 metrics.jsonl   one object per optimizer step
 tensorboard/    the same for TensorBoard, if asked for; run_id names the run to other loggers
 curves.png      the same as a picture
+profile/        a trace of some steps by jax's profiler, if asked for
 checkpoints/    Orbax
 model/          the model's Hugging Face configuration and tokenizer, without weights
 export/         the trained model in Hugging Face format
@@ -13,11 +14,12 @@ import dataclasses
 import io
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ruamel.yaml
 
 from jaxdpo.config import RunConfig
+from jaxdpo.config.processes import PROCESS_OPTIONS
 from jaxdpo.disk import writing
 from jaxdpo.options import flag, from_mapping
 from jaxdpo.train.writer import read_metrics
@@ -32,10 +34,12 @@ MAY_DIFFER = frozenset(
         "save_every",
         "eval_every",
         "report_to",
+        "profile",
         "run_name",
         "remat",
         "mesh",
         "precompute_ref_log_probs",
+        *PROCESS_OPTIONS,
     }
 )
 """Options that a resumed run may change: they do not change any step that both runs take."""
@@ -79,6 +83,11 @@ class RunDir:
         return self.root / "curves.png"
 
     @property
+    def profile(self) -> Path:
+        """Traces of jax's profiler."""
+        return self.root / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         """Orbax checkpoints, one directory per step."""
         return self.root / "checkpoints"
@@ -111,11 +120,16 @@ def read_yaml(path: Path) -> dict:
     return mapping
 
 
+def stated(config: Any) -> dict[str, Any]:
+    """What a configuration says of a run or a command, by option: the same on every process."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in PROCESS_OPTIONS}
+
+
 def write_config(run: RunDir, config: RunConfig) -> None:
     """Writes the resolved configuration, which reproduces the run elsewhere: with `resume: auto`, whatever it was."""
     text = io.StringIO()
     yaml = ruamel.yaml.YAML()
-    yaml.dump(dataclasses.asdict(dataclasses.replace(config, resume="auto")), text)
+    yaml.dump({**stated(config), "resume": "auto"}, text)
     run.create()
     temporary = run.config.with_suffix(".tmp")
     with writing(run.config):

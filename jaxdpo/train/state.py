@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdpo.losses import LossSpec, RunningMean
-from jaxdpo.sharding import replicated
+from jaxdpo.sharding import place, replicated
 
 
 class TrainState(NamedTuple):
@@ -60,9 +61,11 @@ def init_state(
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
     running = None
     if loss is not None and loss.running is not None:
-        running = jax.device_put(RunningMean(jnp.zeros(()), jnp.zeros(())), replicated(mesh))
+        running = RunningMean(
+            *(place(np.zeros((), jnp.result_type(float)), replicated(mesh)) for _ in RunningMean._fields)
+        )
     ref_params = jax.tree.map(jnp.copy, params) if moving_reference else None
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    step = place(np.zeros((), np.int32), replicated(mesh))
     return TrainState(step, params, opt_state, running, ref_params)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import optax
 
 from jaxdpo.losses import RunningMean
+from jaxdpo.processes import fetch
+from jaxdpo.sharding import place
 from jaxdpo.train.objective import (
     Counts,
     GroupData,
@@ -188,7 +190,7 @@ def run_step(
     """
     if len(microbatches) == 1:
         state, metrics, losses = programs.step(state, microbatches[0], counts, scalars)
-        return state, as_floats(metrics), jax.device_get([losses])
+        return state, as_floats(metrics), fetch([losses])
     grads = programs.init(state.params)
     if programs.coupled is None:
         calls = []
@@ -198,25 +200,25 @@ def run_step(
             grads, *report = programs.accumulate(state.params, grads, filled, len(numbers), counts, scalars)
             calls.append((numbers, report))
         reports = {}
-        for numbers, report in jax.device_get(calls):
+        for numbers, report in fetch(calls):
             for n, i in enumerate(numbers):
                 reports[i] = jax.tree.map(operator.itemgetter(n), report)
         in_order = [reports[i] for i in range(len(microbatches))]
         sums, per_group = joined_totals([metrics for metrics, _ in in_order]), [losses for _, losses in in_order]
     else:
         forward, couple, pull = programs.coupled
-        measured = jax.device_get([forward(state.params, microbatch, scalars) for microbatch in microbatches])
+        measured = fetch([forward(state.params, microbatch, scalars) for microbatch in microbatches])
         masks = [data.where.any(axis=-1) for _, data in measured]
         # Of the groups alone: their number is the same in every step, that of rows and microbatches is not.
         outputs, data = joined_groups(measured, masks)
         cotangent, running, sums, losses = couple(outputs, data, counts, state.running, scalars)
         cotangents, per_group = (split_groups(np.asarray(of_groups), masks) for of_groups in (cotangent, losses))
         for microbatch, of_rows in zip(microbatches, cotangents, strict=True):
-            cotangent = jax.device_put(of_rows, microbatch.batch.candidate_mask.sharding)
+            cotangent = place(of_rows, microbatch.batch.candidate_mask.sharding)
             grads = pull(state.params, grads, microbatch.batch, cotangent, scalars)
         state = state._replace(running=running)
     state, metrics = programs.apply(state, grads, sums, counts)
-    return state, as_floats(metrics), jax.device_get(per_group)
+    return state, as_floats(metrics), per_group
 
 
 def _calls(microbatches: Sequence[Microbatch]) -> Iterator[Sequence[int]]:

@@ -42,6 +42,11 @@ class MetricsWriter:
         self._file.close()
 
 
+def last_step(path: Path) -> int:
+    """The step of the last row of a `metrics.jsonl`; 0 without one."""
+    return max((int(row["step"]) for row in _whole_rows(path)), default=0)
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """All rows of a `metrics.jsonl`; InputError if there is none."""
     if not path.is_file():

@@ -140,6 +140,14 @@ def test_a_step_of_a_million_groups_is_found_without_going_over_them():
     assert len(set(plan.groups_of_step(3_000_000).tolist())) == 64
 
 
+@pytest.mark.parametrize("weights", [None, (0.5, 1), (2, 1), (0.5, 0.25)])
+@pytest.mark.parametrize("start, stop", [(0, 0), (0, 1), (1, 3), (0, 50), (3, 40), (49, 50)])
+def test_groups_of_steps_are_all_that_the_steps_hold(weights, start, stop):
+    order = StepPlan((7, 12), 4, weights=weights)
+    expected = {int(group) for step in range(start, stop) for group in order.groups_of_step(step)}
+    assert order.groups_of_steps(start, stop).tolist() == sorted(expected)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

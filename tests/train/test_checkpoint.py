@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from jaxdpo.sharding import make_mesh, replicated
-from jaxdpo.train.checkpoint import KEPT, Checkpoints, find_checkpoint, load_params, read_meta, tree_digests
+from jaxdpo.train.checkpoint import KEPT, Checkpoints, find_checkpoint, load_params, read_meta
+from jaxdpo.train.digests import tree_digests
 from jaxdpo.train.optimizer import adamw, rmsprop
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.types import InputError

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
 import shutil
 
@@ -43,11 +44,10 @@ ROW = [
     "logps_per_token/rejected",
     "learning_rate",
     "tokens",
-    "pairs_per_second",
-    "data_wait",
+    *(name for name in tiny.MEASURED if name not in tiny.AT_TIMES),
 ]
 """Keys of a line of metrics.jsonl: others script against them."""
-EVALUATED = [f"eval_{name}" for name in ROW[1:-4] if name != "grad_norm"]
+EVALUATED = [f"eval_{name}" for name in ROW[1 : ROW.index("learning_rate")] if name != "grad_norm"]
 
 
 def metrics(root):
@@ -56,10 +56,7 @@ def metrics(root):
 
 def timeless(root):
     """The metrics without what no two runs have in common."""
-    return [
-        {key: value for key, value in row.items() if key not in ("pairs_per_second", "data_wait")}
-        for row in metrics(root)
-    ]
+    return tiny.timeless(metrics(root))
 
 
 def weights(directory):
@@ -95,7 +92,8 @@ def test_metrics_hold_one_row_for_each_step(full):
     assert list(before) == ["step", *EVALUATED] and before["step"] == 0
     assert [row["step"] for row in rows] == list(range(1, 11))
     for row in rows:
-        assert list(row) == ROW + (EVALUATED if row["step"] % 2 == 0 else [])
+        named = [name for name in row if name not in tiny.AT_TIMES]
+        assert named == ROW + (EVALUATED if row["step"] % 2 == 0 else [])
         assert all(math.isfinite(value) for value in row.values())
 
 
@@ -141,6 +139,10 @@ def test_the_result_is_printed_last(full):
     assert report["held"] == "out   8 examples, before -> after"
     assert report["accuracy"] == f"0.500 -> {last['eval_rewards/accuracies']:.3f}"
     assert report["margin"].startswith(f"0.000 -> {last['eval_rewards/margins']:.3f} (standard error 0.")
+    assert re.fullmatch(
+        r"[\d,]+ tokens/s a device, MFU [\d.]+% of \S+ TFLOP/s \(measured in float32\)", report["speed"]
+    )
+    assert re.fullmatch(r"[\d.]+% of \d+ s in steps that count", report["goodput"])
     assert report["files"].startswith(f"{full.root}: ")
     assert report["export"].startswith(f"{full.root / 'export'}: ")
     verb, config = cli.parse(shlex.split(report["try"])[2:])

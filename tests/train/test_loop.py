@@ -14,9 +14,13 @@ from jaxdpo.reference import located
 from jaxdpo.sharding import make_mesh, replicated
 from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.evaluation import Evaluation
-from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, Timing, check_first_loss, train
+from jaxdpo.train.flops import Peak
+from jaxdpo.train.loop import FIRST_LOSS_TOLERANCE, Objective, Schedule, check_first_loss, train
+from jaxdpo.train.profile import Profile
 from jaxdpo.train.state import init_state
 from jaxdpo.train.step import Microbatch, StepPrograms
+from jaxdpo.train.stopwatch import Compilations, Stopwatch
+from jaxdpo.train.watch import Watch
 from jaxdpo.train.writer import MetricsWriter, read_metrics
 from jaxdpo.types import RunStopped
 from tests import tiny
@@ -55,22 +59,50 @@ def programs(losses, norms=None, spoiled=()):
 class Result:
     """What a run of the loop left."""
 
-    def __init__(self, tmp_path, made, *, total=6, save_every=2, eval_every=None, held_out=False, pairs=2, source=iter):
+    def __init__(
+        self,
+        tmp_path,
+        made,
+        *,
+        total=6,
+        save_every=2,
+        eval_every=None,
+        held_out=False,
+        pairs=2,
+        source=iter,
+        advance=lambda **phase: None,
+        profile=range(0),
+    ):
         mesh = make_mesh(jax.devices()[:1])
         state = init_state({"a": jax.device_put(np.zeros(8, np.float32), replicated(mesh))}, optax.sgd(1.0), mesh)
         self.saved, self.evaluated = [], []
         self.writer = MetricsWriter(tmp_path / "metrics.jsonl", resume_step=0)
         self.checkpoints = Checkpoints(tmp_path / "checkpoints", {})
         save = self.checkpoints.save
-        self.checkpoints.save = lambda state, *metrics: (self.saved.append(int(state.step)), save(state, *metrics))
+
+        def save_and_tell(state, *metrics):
+            self.saved.append(int(state.step))
+            advance(checkpoint=16)
+            save(state, *metrics)
+
+        self.checkpoints.save = save_and_tell
+        # Without a listener: what the stand-ins compile is nobody's.
+        self.watch = Watch(
+            Stopwatch(Compilations()),
+            lambda batch: 1.0,
+            Peak(1.0, "made up"),
+            mesh,
+            Profile(tmp_path / "profile", profile),
+        )
         groups = [[(pairs * step + i) % len(DATA) for i in range(pairs)] for step in range(total)]
 
         def evaluate(state):
             self.evaluated.append(len(read_metrics(tmp_path / "metrics.jsonl")) + 1)
+            advance(evaluation=8)
             return Evaluation({"eval_loss": 0.5}, 1, np.zeros(1))
 
         try:
-            self.state, self.evaluation, self.timing = train(
+            self.state, self.evaluation = train(
                 state,
                 made,
                 source((step, microbatches(DATA, groups[step], LAYOUT)) for step in range(total)),
@@ -79,6 +111,7 @@ class Result:
                 evaluate=evaluate if held_out else None,
                 writer=self.writer,
                 checkpoints=self.checkpoints,
+                watch=self.watch,
             )
         finally:
             self.writer.close()
@@ -103,9 +136,10 @@ def test_it_evaluates_at_intervals_and_at_the_end(tmp_path, every, evaluated):
 
 def test_a_row_says_what_the_step_did(tmp_path):
     rows = Result(tmp_path, programs([LN2, 0.5], [3.0, 4.0]), total=2).rows
-    for number, (row, loss, norm) in enumerate(zip(rows, (LN2, 0.5), (3.0, 4.0), strict=True)):
-        assert row.pop("pairs_per_second") > 0
-        assert 0 < row.pop("data_wait") < 1
+    for row in rows:
+        assert set(tiny.MEASURED) - tiny.AT_TIMES <= set(row)
+        assert row["pairs_per_second"] > 0 and row["seconds/data_wait"] > 0 and row["seconds/step"] > 0
+    for number, (row, loss, norm) in enumerate(zip(tiny.timeless(rows), (LN2, 0.5), (3.0, 4.0), strict=True)):
         assert row == {
             "step": number + 1,
             "loss": pytest.approx(loss, rel=1e-6),
@@ -116,46 +150,50 @@ def test_a_row_says_what_the_step_did(tmp_path):
         }
 
 
-class Clock:
-    """A clock that only the data and the step move: a step takes a second, the data of each three."""
+def test_the_time_of_each_phase_is_told_apart(tmp_path, monkeypatch):
+    """A clock that the data moves by 3 seconds, a step by 1, an evaluation by 8 and a save by 16."""
+    now = [0.0]
+    monkeypatch.setattr("jaxdpo.train.stopwatch.time.perf_counter", lambda: now[0])
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr("jaxdpo.train.loop.time.perf_counter", lambda: self.now)
-
-    def advance(self, seconds):
-        self.now += seconds
-
-    def steps(self, made):
-        for item in made:
-            self.advance(3)
-            yield item
-
-
-def test_the_time_that_is_waited_for_data_is_told_apart(tmp_path, monkeypatch):
-    clock = Clock(monkeypatch)
-    made = programs([LN2] * 4)
-
-    def step(*args):
-        clock.advance(1)
-        return made.step(*args)
-
-    result = Result(tmp_path, made._replace(step=step), total=4, source=clock.steps)
-    assert result.timing == Timing(first=4.0, steps=3, seconds=12.0, waited=9.0)
-    assert [(row["data_wait"], row["pairs_per_second"]) for row in result.rows] == [(0.75, 0.5)] * 4
-
-
-def test_steps_that_compile_are_left_out_of_the_time_of_a_step(tmp_path, monkeypatch):
-    """The third step is the first one with rows of another length."""
-    clock = Clock(monkeypatch)
-    longer = tiny.layout(DATA, row_lengths=[128])
+    def advance(**phase):
+        now[0] += sum(phase.values())
 
     def steps(made):
-        for step, batches in clock.steps(made):
-            yield step, microbatches(DATA, [0, 1], longer) if step >= 2 else batches
+        for item in made:
+            advance(data_wait=3)
+            yield item
 
-    result = Result(tmp_path, programs([LN2] * 5), total=5, source=steps)
-    assert result.timing == Timing(first=3.0, steps=3, seconds=9.0, waited=9.0)
+    def step(*args):
+        advance(step=1)
+        return made.step(*args)
+
+    made = programs([LN2] * 4)
+    options = {"total": 4, "save_every": 2, "eval_every": 2, "held_out": True, "source": steps, "advance": advance}
+    result = Result(tmp_path, made._replace(step=step), **options)
+    for row in result.rows:
+        even, behind_a_save = row["step"] % 2 == 0, row["step"] == 3
+        assert {name.split("/")[1]: row[name] for name in row if name.startswith("seconds/")} == {
+            "data_wait": 3,
+            "step": 1,
+            "evaluation": 8 * even,
+            "checkpoint": 16 * behind_a_save,
+            "logging": 0,
+        }
+        assert row["pairs_per_second"] == 2 / 4
+    assert [row["goodput"] for row in result.rows] == [1 / 4, 2 / 16, 3 / 36, 4 / 48]
+    usage = result.watch.usage()
+    assert usage.timing[:4] == (4.0, 3, 12.0, 9.0)
+    assert sum(usage.spent.values()) == now[0] == 4 * (3 + 1) + 2 * (8 + 16)
+    assert usage.spent["checkpoint"] == 32  # the last one, which no row has, too
+
+
+def test_a_trace_is_closed_where_a_run_stops(tmp_path):
+    with pytest.raises(FloatingPointError):
+        Result(tmp_path, programs([LN2, 0.5, math.nan]), total=3, profile=range(2, 4))
+    (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert jax.profiler.ProfileData.from_file(str(path))
+    with jax.profiler.trace(tmp_path / "other"):  # which only one can be
+        pass
 
 
 def stopped(tmp_path, made, **options):

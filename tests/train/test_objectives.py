@@ -9,6 +9,7 @@ import pytest
 
 from jaxdpo import cli, plots
 from jaxdpo.losses import LOSSES
+from tests import tiny
 
 RUN = "--batch-size 4 --max-steps 2 --learning-rate 1e-3 --warmup-steps 0 --save-every 1"
 MODIFIED = {
@@ -120,10 +121,7 @@ def test_what_is_carried_survives_a_resume(inputs, data, tmp_path, flags):
     whole = train(inputs, data, shape, f"{flags} --max-steps 4", tmp_path / "whole")
     train(inputs, data, shape, f"{flags} --max-steps 3", tmp_path / "parts")
     parts = train(inputs, data, shape, f"{flags} --max-steps 4", tmp_path / "parts")
-    for one, other in zip(whole, parts, strict=True):
-        assert {k: v for k, v in one.items() if k not in ("pairs_per_second", "data_wait")} == {
-            k: v for k, v in other.items() if k not in ("pairs_per_second", "data_wait")
-        }
+    assert tiny.timeless(whole) == tiny.timeless(parts)
     exported = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert exported[0] == exported[1]
 

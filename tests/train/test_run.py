@@ -8,10 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxdpo.config import DPOConfig
-from jaxdpo.data.plan import StepPlan
 from jaxdpo.train import run
 from jaxdpo.train.dpo import run_dpo
-from jaxdpo.train.run import groups_of_steps
+from tests import tiny
 
 
 @pytest.fixture
@@ -25,11 +24,8 @@ def trained(inputs, tmp_path, monkeypatch, capsys):
         config = DPOConfig(**{**files, "output_dir": str(tmp_path / name), **recipe, **options})
         run_dpo(config, devices=jax.devices()[:1])
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        timeless = [
-            {key: value for key, value in row.items() if key not in ("pairs_per_second", "data_wait")} for row in rows
-        ]
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference")]
-        return timeless, [line.split(" from the cache ")[0].removeprefix("reference  ") for line in said]
+        return tiny.timeless(rows), [line.split(" from the cache ")[0].removeprefix("reference  ") for line in said]
 
     return call
 
@@ -98,11 +94,3 @@ def test_on_the_fly_writes_no_reference_and_goes_on_exactly(trained, tmp_path):
     rows, _ = trained("run", max_steps=4, **options)
     assert rows == whole
     assert not (tmp_path / "cache" / "reference").exists()
-
-
-@pytest.mark.parametrize("weights", [None, (0.5, 1), (2, 1), (0.5, 0.25)])
-@pytest.mark.parametrize("start, stop", [(0, 0), (0, 1), (1, 3), (0, 50), (3, 40), (49, 50)])
-def test_groups_of_steps_are_all_that_the_steps_hold(weights, start, stop):
-    order = StepPlan((7, 12), 4, weights=weights)
-    expected = {int(group) for step in range(start, stop) for group in order.groups_of_step(step)}
-    assert groups_of_steps(order, start, stop).tolist() == sorted(expected)
