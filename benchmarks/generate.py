@@ -100,9 +100,7 @@ def libraries(model: str, folder: Path, new_tokens: int) -> dict[str, Callable[[
         settings: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
         settings |= {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
         with torch.no_grad():
-            out = theirs.generate(
-                batch, attention_mask=torch.ones_like(batch), num_return_sequences=count, **settings
-            )
+            out = theirs.generate(batch, attention_mask=torch.ones_like(batch), num_return_sequences=count, **settings)
         return out[:, PROMPT_TOKENS:].numel()
 
     return {"jaxdpo": jaxdpo, "transformers": transformers}
@@ -143,11 +141,11 @@ def markdown(facts: Mapping[str, Any]) -> str:
     lines = [
         "# Generating: jaxdpo and transformers in turns",
         "",
-        f"`python benchmarks/generate.py --output benchmarks/results`. {facts['machine']}; SmolLM2-135M, float32, prompts "
-        f"of {PROMPT_TOKENS} tokens, {facts['new_tokens']} new ones each. Load of the machine while it was measured: "
+        f"`python benchmarks/generate.py --output benchmarks/results`. {facts['machine']}; SmolLM2-135M, float32, "
+        f"prompts of {PROMPT_TOKENS} tokens, {facts['new_tokens']} new ones each. Load of the machine while it was measured: "
         f"{min(loads):.1f} to {max(loads):.1f}.",
         "",
-        "| setting | jaxdpo tokens/s | transformers tokens/s | ratio, median (all rounds) | fastest rounds | CPU time ratio |",
+        "| setting | jaxdpo tokens/s | transformers tokens/s | ratio, median (range) | fastest rounds | ratio in CPU time |",
         "|---|---|---|---|---|---|",
     ]
     for row in facts["summary"]:

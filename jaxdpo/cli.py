@@ -75,9 +75,9 @@ def _score(config: ScoreConfig) -> None:
 
 
 def _generate(config: GenerateConfig) -> None:
-    from jaxdpo.generate.run import generate
+    from jaxdpo.generate.run import run_generate
 
-    generate(config)
+    run_generate(config)
 
 
 def _audit(config: AuditConfig) -> int:

@@ -1,6 +1,6 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
+4 cli -> 3 train, generate, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
 -> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
 """
 
@@ -50,6 +50,7 @@ FLOORS = {
     "plots": 2,
     "audit": 3,
     "train": 3,
+    "generate": 3,
     "cli": 4,
 }
 """Every module and package of jaxdpo. A module imports from its own floor and those below it."""
@@ -69,6 +70,7 @@ LIBRARIES = {
         "reference_cache",
         "rewards",
         "train",
+        "generate",
     },
     "chex": {"losses", "theory"},
     "flax": {"models"},
@@ -86,7 +88,7 @@ LIBRARIES = {
     "optax": {"train"},
     "orbax": {"train"},
     "ruamel": {"train"},
-    "tqdm": {"audit", "forward", "train"},
+    "tqdm": {"audit", "forward", "generate", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
     "numpy": {
@@ -103,6 +105,7 @@ LIBRARIES = {
         "rewards",
         "data",
         "train",
+        "generate",
     },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""

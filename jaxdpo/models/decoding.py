@@ -121,9 +121,7 @@ def empty_cache(decoder: Decoder, rows: int, capacity: int) -> KeysValues:
         x = jnp.zeros((rows, config.num_kv_heads, *sizes), decoder.compute_dtype)
         return constrain(x, "batch", "kv_heads", None, None)
 
-    return tuple(
-        (zeros(config.head_dim, capacity), zeros(capacity, config.head_dim)) for _ in range(config.num_layers)
-    )
+    return tuple((zeros(config.head_dim, capacity), zeros(capacity, config.head_dim)) for _ in range(config.num_layers))
 
 
 def decode_step(

@@ -94,7 +94,8 @@ def test_other_prompts_are_not_gone_on_with(generate, tmp_path, capsys):
 
 
 def test_messages_stay_messages(generate, tmp_path, model):
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     (model / "chat_template.jinja").write_text(template)
     try:
         ask = {"role": "user", "content": "2+2?"}
@@ -128,7 +129,7 @@ def test_stops_are_texts_and_tokens(generate, tmp_path, model):
         (["--top-k", "0"], "--top-k is 0; allowed: a whole number of at least 1"),
         (["--temperature", "nan"], "--temperature is nan; allowed: a finite number of at least 0"),
         (["-n", "0"], "--num-samples is 0; allowed: a whole number of at least 1"),
-        (["--stop", '["a", ""]'], "--stop is '[\"a\", \"\"]'; allowed: a text, or a JSON list of texts, none of them empty"),
+        (["--stop", '["a", ""]'], "--stop is '[\"a\", \"\"]'; allowed: a text, or a JSON list of texts, none"),
         (["--stop", ""], "--stop is ''; allowed: a text, or a JSON list of texts"),
         (["--mesh", "context=8"], "the mesh splits the length of rows in 8"),
     ],
