@@ -142,10 +142,10 @@ def markdown(facts: Mapping[str, Any]) -> str:
         "# Generating: jaxdpo and transformers in turns",
         "",
         f"`python benchmarks/generate.py --output benchmarks/results`. {facts['machine']}; SmolLM2-135M, float32, "
-        f"prompts of {PROMPT_TOKENS} tokens, {facts['new_tokens']} new ones each. Load of the machine while it was measured: "
-        f"{min(loads):.1f} to {max(loads):.1f}.",
+        f"prompts of {PROMPT_TOKENS} tokens, {facts['new_tokens']} new ones each. Load of the machine "
+        f"meanwhile: {min(loads):.1f} to {max(loads):.1f}.",
         "",
-        "| setting | jaxdpo tokens/s | transformers tokens/s | ratio, median (range) | fastest rounds | ratio in CPU time |",
+        "| setting | jaxdpo, tokens/s | transformers | ratio, median (range) | fastest rounds | ratio in CPU time |",
         "|---|---|---|---|---|---|",
     ]
     for row in facts["summary"]:
