@@ -4,6 +4,7 @@ The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is i
 """
 
 import dataclasses
+import importlib
 import os
 import sys
 import types
@@ -62,28 +63,9 @@ def _quickstart(config: QuickstartConfig) -> None:
     run_quickstart(config)
 
 
-def _export(config: ExportConfig) -> None:
-    from jaxdpo.train.export import export_checkpoint
-
-    export_checkpoint(config)
-
-
-def _score(config: ScoreConfig) -> None:
-    from jaxdpo.train.score import score
-
-    score(config)
-
-
-def _generate(config: GenerateConfig) -> None:
-    from jaxdpo.generate.run import generate
-
-    generate(config)
-
-
-def _audit(config: AuditConfig) -> int:
-    from jaxdpo.audit import run_audit
-
-    return run_audit(config)
+def _late(module: str, name: str) -> typing.Callable[[Any], int | None]:
+    """A function that is imported when it is called."""
+    return lambda config: getattr(importlib.import_module(module), name)(config)
 
 
 def _convert(config: ConvertConfig) -> None:
@@ -99,14 +81,14 @@ def _convert(config: ConvertConfig) -> None:
 
 VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "quickstart": (QuickstartConfig, _quickstart),
-    "audit": (AuditConfig, _audit),
+    "audit": (AuditConfig, _late("jaxdpo.audit", "run_audit")),
     "sft": (SFTConfig, _sft),
     "dpo": (DPOConfig, _dpo),
     "reward": (RewardConfig, _reward),
-    "score": (ScoreConfig, _score),
-    "generate": (GenerateConfig, _generate),
+    "score": (ScoreConfig, _late("jaxdpo.train.score", "score")),
+    "generate": (GenerateConfig, _late("jaxdpo.generate.run", "run_generate")),
     "convert": (ConvertConfig, _convert),
-    "export": (ExportConfig, _export),
+    "export": (ExportConfig, _late("jaxdpo.train.export", "export_checkpoint")),
 }
 """Verb -> its configuration and what it does, which may return an exit status. The first line of the configuration's
 docstring is its help."""
@@ -235,7 +217,7 @@ def _flags(verb: str, config: type, defaults: Mapping[str, Any]) -> type:
     groups: dict[str, list] = {}
     for field in dataclasses.fields(config):
         unset = field.default is None  # the help says in words what happens then
-        alias = field.metadata["alias"]
+        alias = field.metadata.get("alias")
         arg = tyro.conf.arg(
             help=field.metadata["help"],
             metavar=_metavar(hints[field.name]),

@@ -14,7 +14,8 @@ from jaxdpo.types import InputError
 
 def option(help: str, group: str, default: Any = dataclasses.MISSING, *, alias: str | None = None) -> Any:
     """A dataclass field with the help text and the group that `--help` shows, and perhaps a short flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "alias": alias})
+    metadata = {"help": help, "group": group} | ({} if alias is None else {"alias": alias})
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 LONGEST_NAME = 255
@@ -118,7 +119,7 @@ def check_words(cls: type, words: Sequence[str], command: str, *, others: Sequen
         twice the last one holds, as in other commands.
     """
     hints = {"--" + name.replace("_", "-"): hint for name, hint in typing.get_type_hints(cls).items()}
-    short = {field.metadata["alias"]: flag(field.name) for field in dataclasses.fields(cls) if field.metadata["alias"]}
+    short = {field.metadata.get("alias"): flag(field.name) for field in dataclasses.fields(cls)}
     hints |= dict.fromkeys(others, str)
     rest = iter(words)
     for word in rest:

@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data,
-plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
+4 cli -> 3 train, generate, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards,
+classifier, data, plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -53,6 +53,7 @@ FLOORS = {
     "audit": 3,
     "evaluate": 3,
     "train": 3,
+    "generate": 3,
     "cli": 4,
 }
 """Every module and package of jaxdpo. A module imports from its own floor and those below it."""
@@ -74,6 +75,7 @@ LIBRARIES = {
         "rewards",
         "classifier",
         "train",
+        "generate",
     },
     "chex": {"losses", "theory"},
     "flax": {"models"},
@@ -91,7 +93,7 @@ LIBRARIES = {
     "optax": {"train"},
     "orbax": {"train"},
     "ruamel": {"train"},
-    "tqdm": {"audit", "forward", "train"},
+    "tqdm": {"audit", "forward", "generate", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
     "scipy": {"evaluate"},
@@ -112,6 +114,7 @@ LIBRARIES = {
         "data",
         "train",
         "evaluate",
+        "generate",
     },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""

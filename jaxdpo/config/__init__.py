@@ -5,8 +5,8 @@ of range. Nothing here imports jax.
 """
 
 from jaxdpo.config.dpo import DPOConfig
-from jaxdpo.config.names import Attention, Divergence, DType, Format, Logger, Loss, Optimizer, Remat, Resume
 from jaxdpo.config.generate import GenerateConfig
+from jaxdpo.config.names import Attention, Divergence, DType, Format, Logger, Loss, Optimizer, Remat, Resume
 from jaxdpo.config.ppo import PPOOptions
 from jaxdpo.config.run import RunConfig
 from jaxdpo.config.sampling import SamplingConfig

@@ -17,9 +17,9 @@ class GenerateConfig(SamplingConfig):
     prompts: str = option("records with prompts, as --data of jaxdpo dpo, or a .txt file with one on each line", "data")
     output: str = option("the JSON lines to write: each prompt with its completions", "run")
     format: Format = option("what a record looks like; auto: its field prompt, or as in jaxdpo dpo", "data", "auto")
-    stop: str | None = option("text that ends a completion, and is cut off; or a JSON list of several", "sampling", None)
+    stop: str | None = option("text that ends a completion and is cut off, or a JSON list of them", "sampling", None)
     stop_token: str | None = option(
-        "token that ends a completion, besides the model's EOS; or a JSON list of several", "sampling", None
+        "token that ends a completion besides the model's EOS, or a JSON list of them", "sampling", None
     )
     batch_size: int | None = option(
         "completions that are drawn at once; by default 32 on CPU, 128 elsewhere", "compute", None

@@ -55,7 +55,7 @@ class Programs(NamedTuple):
     """`(logits, seed, digests, first, done, options, stops, capacity)`: see `_start`."""
     advance: Callable[..., Samples]
     """`(params, prompt, samples, until, options, stops)`: see `_advance`."""
-    grow: Callable[[Samples, int], Samples]
+    grow: Callable[..., Samples]
     """`(samples, capacity)`: the same samples with more room."""
 
 

@@ -37,7 +37,7 @@ WINDOW = 16
 """Batches whose prompts are in memory: those of one padded length are drawn together."""
 
 
-def generate(config: GenerateConfig) -> None:
+def run_generate(config: GenerateConfig) -> None:
     """Writes one line for each prompt: the prompt, its completions, and what is known of them.
 
     Raises:

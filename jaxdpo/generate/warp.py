@@ -7,6 +7,7 @@ of the vocabulary; so tokens of equal logits are kept or dropped together.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def min_p(logits: jax.Array, value: jax.Array | float) -> jax.Array:
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
-WARPS: dict[str, Callable[[jax.Array, jax.Array | float], jax.Array]] = {
+WARPS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
     "temperature": temperature,
     "top_k": top_k,
     "top_p": top_p,
@@ -64,9 +65,7 @@ WARPS: dict[str, Callable[[jax.Array, jax.Array | float], jax.Array]] = {
 """What is done to logits `[rows, vocab]` before a token is drawn, in this order."""
 
 
-def choose(
-    logits: jax.Array, keys: jax.Array, step: jax.Array | int, options: Options
-) -> tuple[jax.Array, jax.Array]:
+def choose(logits: jax.Array, keys: jax.Array, step: jax.Array | int, options: Options) -> tuple[jax.Array, jax.Array]:
     """One token of every row.
 
     Args:

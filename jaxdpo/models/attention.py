@@ -119,7 +119,9 @@ def cached_attention(
     product = functools.partial(jnp.matmul, precision=full_precision(q.dtype), preferred_element_type=wide)
     of_row, of_prompt = (prompts * samples, kv_heads, grouped), (prompts, kv_heads, samples * grouped)
 
-    def together(x: jax.Array) -> jax.Array:  # [rows, kv_heads, grouped, n] -> [prompts, kv_heads, samples * grouped, n]
+    def together(
+        x: jax.Array,
+    ) -> jax.Array:  # [rows, kv_heads, grouped, n] -> [*of_prompt, n]
         return x.reshape(prompts, samples, kv_heads, grouped, -1).swapaxes(1, 2).reshape(*of_prompt, -1)
 
     def apart(x: jax.Array) -> jax.Array:  # and back

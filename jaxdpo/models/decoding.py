@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdpo.models import Decoder, _abstract, logical_axes
+from jaxdpo.models import Decoder, logical_axes
+from jaxdpo.models.abstract import abstract_module
 from jaxdpo.models.attention import Attend, cached_attention
 from jaxdpo.models.config import TransformerConfig
 from jaxdpo.models.forms import ATTENTION
 from jaxdpo.models.layers import Projection
 from jaxdpo.models.matmul import multiply_few
+from jaxdpo.models.transformer import Transformer
 from jaxdpo.sharding import constrain
 
 KeysValues = tuple[tuple[jax.Array, jax.Array], ...]
@@ -121,9 +123,7 @@ def empty_cache(decoder: Decoder, rows: int, capacity: int) -> KeysValues:
         x = jnp.zeros((rows, config.num_kv_heads, *sizes), decoder.compute_dtype)
         return constrain(x, "batch", "kv_heads", None, None)
 
-    return tuple(
-        (zeros(config.head_dim, capacity), zeros(capacity, config.head_dim)) for _ in range(config.num_layers)
-    )
+    return tuple((zeros(config.head_dim, capacity), zeros(capacity, config.head_dim)) for _ in range(config.num_layers))
 
 
 def decode_step(
@@ -199,7 +199,8 @@ def _logits(decoder: Decoder, params: DecodingParams, states: jax.Array) -> jax.
 @functools.cache
 def _decoding_graph(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[tuple[str, ...], int]]:
     """The module's static graph with its kernels transposed, and how many axes each projection of a block contracts."""
-    model = nnx.merge(_abstract(config)[0], _abstract(config)[2])
+    graph, _, shapes = abstract_module(Transformer, config)
+    model = nnx.merge(graph, shapes)
     contracted = {}
     for path, module in nnx.iter_graph(model.blocks):
         if isinstance(module, Projection):

@@ -61,9 +61,7 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(with_remat(layer, remat), x, self.blocks)  # 30 layers compile as one
         return self.final_norm(x)
 
-    def embed(
-        self, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def embed(self, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
         """What the first block reads of int `[rows, length]`: `[rows, length, embed]` in `dtype`, and rotary angles."""
         x = self.tokens[...][tokens].astype(dtype)  # [rows, length, embed]
         if self.positions is not None:
