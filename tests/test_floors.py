@@ -1,7 +1,8 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
 4 cli -> 3 train, generate, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards,
-classifier, data, plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
+classifier, data, plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses,
+theory
 """
 
 import ast

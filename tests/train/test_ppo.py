@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdpo.config import PPOOptions
+from jaxdpo.config import PPOOptions, SamplingConfig
+from jaxdpo.generate.sampler import sample
+from jaxdpo.generate.stops import Stops
 from jaxdpo.losses import dpo_loss
 from jaxdpo.sharding import make_mesh
 from jaxdpo.theory import optimal_policy
 from jaxdpo.train.ppo import ppo_step
 from jaxdpo.train.ppo_programs import init_ppo_state, make_ppo_programs
-from jaxdpo.train.rollout import rollout_groups, rollout_layout
+from jaxdpo.train.rollout import cut_off, gather_experience, rollout_groups, rollout_layout
 from tests import tiny
-from tests.enumerable import Problem, divergence
+from tests.enumerable import EOS, Problem, divergence
 
 ARMS = Problem(vocab=2, longest=1, rewards=(0.0, 1.0))
 TEXTS = Problem(vocab=4, longest=2, rewards=(0.0, 1.2, -0.6, 0.9, 0.3, -1.3, -0.4, 1.3, 0.1, -0.3, 0.6, 0.5, 0.4))
@@ -60,6 +62,24 @@ def train(problem: Problem, options: PPOOptions, *, steps: int, count: int) -> T
         logps.append(np.asarray(all_logps(state.train.params["policy"])))
     optimum = optimal_policy(logps[0], np.array(problem.rewards), beta=BETA)
     return Trained(np.stack(logps), metrics, np.asarray(optimum))
+
+
+def test_a_samplers_log_probs_are_those_that_are_learnt_from():
+    mesh, _, programs = setup(TEXTS, 200)
+    prompts, options = [[0], [2, 3, 1, 0]], PPOOptions()
+    policy, reference = (tiny.params(TEXTS.decoder, mesh) for _ in range(2))
+    config = SamplingConfig(num_samples=8, max_new_tokens=5)
+    drawn = sample(TEXTS.decoder, policy, prompts, config, Stops(eos=(EOS,)), mesh=mesh)
+    data = rollout_groups(prompts, drawn)
+    assert set(cut_off(data).tolist()) == {False, True}
+    state = init_ppo_state(TEXTS.decoder, policy, optax.adam(1.0), mesh, 0.0)
+    layout = rollout_layout(4, 5, microbatch_tokens=512)
+    with jax.set_mesh(mesh):
+        found = gather_experience(programs, state, reference, data, np.zeros(16), layout, options)
+    for row, completion in enumerate([*drawn[0], *drawn[1]]):
+        assert found.where[row].sum() == len(completion.ids)
+        np.testing.assert_allclose(found.logps[row, : len(completion.ids)], completion.logps, rtol=1e-4, atol=1e-5)
+        assert (completion.ids[-1] == EOS) != cut_off(data)[row]
 
 
 def test_the_better_of_two_arms_is_taken():

@@ -21,6 +21,7 @@ from jaxdpo.train.ppo_programs import init_ppo_state, make_ppo_programs
 from jaxdpo.train.rollout import gather_experience, of_slots, rollout_groups, rollout_layout, to_slots
 from jaxdpo.types import InputError
 from tests import tiny
+from tests.test_docs import page, rows_under
 from tests.test_logprobs import relative
 from tests.test_sharding import DIVISIBLE
 
@@ -228,3 +229,9 @@ def test_completions_that_cannot_be_learnt_from_are_refused():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         PPOOptions(**options)
+
+
+def test_the_page_names_every_option_and_metric():
+    text = page("ppo.md")
+    assert rows_under("## Options", text) == [field.name for field in dataclasses.fields(PPOOptions)]
+    assert sorted(rows_under("## Metrics", text)) == sorted(step()[1])
