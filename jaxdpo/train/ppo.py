@@ -57,7 +57,8 @@ def ppo_step(
     Returns:
       The new state, and metrics under TRL's names.
     Raises:
-      InputError: for fewer completions than mini-batches, another number of scores, or one that is not finite.
+      InputError: for fewer completions than mini-batches, another number of scores, one that is not finite, or a
+        reference of another architecture.
       FloatingPointError: for a loss or gradient that is not finite.
     """
     if len(data) < options.num_mini_batches:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdpo.logprobs import slot_statistics
@@ -17,7 +18,7 @@ from jaxdpo.losses import ppo_policy_loss, ppo_value_loss
 from jaxdpo.losses.policy_gradient import MAX_LOG_RATIO
 from jaxdpo.models import Decoder
 from jaxdpo.reference import LogpProgram, make_logp_program
-from jaxdpo.sharding import constrain, named_sharding, replicated
+from jaxdpo.sharding import constrain, named_sharding, place, replicated
 from jaxdpo.train.state import TrainState, init_state
 from jaxdpo.types import Array, Batch
 
@@ -75,12 +76,9 @@ class PPOPrograms(NamedTuple):
 
 def init_value_head(decoder: Decoder, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """A head that says 0 of every prefix: `kernel`, `[embed]`, and `bias`, a scalar; float32."""
-    kernel = jnp.zeros(decoder.config.embed_dim, jnp.float32)
+    kernel = np.zeros(decoder.config.embed_dim, np.float32)
     sharding = named_sharding(mesh, ("embed",), kernel.shape)
-    return {
-        "kernel": jax.device_put(kernel, sharding),
-        "bias": jax.device_put(jnp.zeros((), jnp.float32), replicated(mesh)),
-    }
+    return {"kernel": place(kernel, sharding), "bias": place(np.zeros((), np.float32), replicated(mesh))}
 
 
 def init_ppo_state(
@@ -96,8 +94,7 @@ def init_ppo_state(
       kl_coef: strength of the KL penalty in the first step.
     """
     both = {"policy": params, "value": init_value_head(decoder, mesh)}
-    strength = jax.device_put(jnp.asarray(kl_coef, jnp.float32), replicated(mesh))
-    return PPOState(init_state(both, optimizer, mesh), strength)
+    return PPOState(init_state(both, optimizer, mesh), place(np.asarray(kl_coef, np.float32), replicated(mesh)))
 
 
 def measure_tokens(decoder: Decoder, params: dict, batch: Batch) -> TokenOutputs:

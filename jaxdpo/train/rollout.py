@@ -113,6 +113,26 @@ def check_scores(scores: Any, data: TokenizedDataset) -> np.ndarray:
     return scores
 
 
+def check_reference(ref_params: dict, params: dict) -> None:
+    """InputError unless the reference has parameters of the policy's shapes, and its own."""
+    of_policy, of_reference = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, ref_params)
+    )
+    for name, leaf in of_policy.items():
+        if name not in of_reference or of_reference[name].shape != leaf.shape:
+            got = "nothing" if name not in of_reference else of_reference[name].shape
+            raise InputError(
+                f"the reference has {got} at {name}, the policy {leaf.shape}; allowed: a model of the same "
+                "architecture and tokenizer; load the one that the policy starts from"
+            )
+        if of_reference[name] is leaf:
+            raise InputError(
+                f"policy and reference have the same array at {name}, which the first update gives away; allowed: "
+                "parameters of its own; load the reference once more, or copy it"
+            )
+
+
 def gather_experience(
     programs: PPOPrograms,
     state: PPOState,
@@ -133,8 +153,9 @@ def gather_experience(
       layout: of microbatches that hold any of them, as from `rollout_layout`.
       options: of the run.
     Raises:
-      InputError: for another number of scores, or one that is not finite.
+      InputError: for another number of scores, one that is not finite, or a reference of another architecture.
     """
+    check_reference(ref_params, state.train.params["policy"])
     scores = check_scores(scores, data)
     if options.missing_eos_penalty is not None:
         scores = scores - np.float32(options.missing_eos_penalty) * cut_off(data)

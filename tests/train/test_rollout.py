@@ -216,6 +216,20 @@ def test_completions_that_cannot_be_learnt_from_are_refused():
         step(options=dataclasses.replace(EXACT, num_mini_batches=7))
 
 
+def test_a_reference_that_is_no_copy_of_the_policy_is_refused():
+    decoder, mesh, programs, _ = setup()
+    state = fresh(decoder, mesh)
+    policy = state.train.params["policy"]
+    other = tiny.params(tiny.decoder(dataclasses.replace(DIVISIBLE, vocab_size=66)), mesh)
+    for reference, message in (
+        (other, r"the reference has \(66, 16\) at \['tokens'\], the policy \(64, 16\); allowed: .* tokenizer"),
+        (policy, "policy and reference have the same array at .*; allowed: parameters of its own"),
+        ({}, "the reference has nothing at"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ppo_step(programs, state, reference, rollouts(), SCORES, layout_on(mesh, 64), EXACT, seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
