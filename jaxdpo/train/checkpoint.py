@@ -16,7 +16,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from jaxdpo.disk import writing
 from jaxdpo.processes import of_main
 from jaxdpo.sharding import place
 from jaxdpo.train.digests import array_name, tree_digests
-from jaxdpo.train.state import TrainState
+from jaxdpo.train.state import PPOState, TrainState
 from jaxdpo.types import InputError
 
 # Orbax warns, at every save, that what one process wrote needs no merging; of a save that fails each of its threads
@@ -35,6 +35,8 @@ _SAID_ELSEWHERE = re.compile(
     r"Skipping merge of OCDBT|run\(\) raised an exception|Failed to run .* save thread|Save Finalize"
 )
 logging.getLogger("absl").addFilter(lambda record: not _SAID_ELSEWHERE.search(record.getMessage()))
+
+State = TypeVar("State", TrainState, PPOState)
 
 KEPT = 2
 """Checkpoints kept besides the best: the latest, and the one before it in case the latest is damaged."""
@@ -86,7 +88,7 @@ class Checkpoints:
         best = max(scored, key=lambda checkpoint: _rank(checkpoint.metrics), default=None)
         return of_main(None if best is None else int(best.step))
 
-    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, state: TrainState | PPOState, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to write the state in the background; returns once it is copied, so the state may be donated.
 
         Args:
@@ -117,7 +119,7 @@ class Checkpoints:
                 self._pending.result()
             self._pending = None
 
-    def restore(self, like: TrainState) -> TrainState:
+    def restore(self, like: State) -> State:
         """The latest state, on the shardings of `like`: a state, or `jax.ShapeDtypeStruct`s in its place.
 
         Raises:
@@ -195,7 +197,7 @@ def _rank(score: Mapping[str, float]) -> tuple[float, float, float]:
     return score["value"], -score["loss"], -score["step"]
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
+def _trees(state: TrainState | PPOState) -> dict[str, Any]:
     """What is saved of a state besides its step, by field: `params`, `opt_state`, and what is not None."""
     return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 

@@ -5,9 +5,9 @@ reference, and updates the policy on them several times. Draw at temperature 1 w
 improved is the one that wrote. Here the reward is the number of tokens; any Python function will do.
 
   state = init_ppo_state(decoder, params, optimizer, mesh, options.kl_coef)
-  programs = make_ppo_programs(decoder, optimizer, jax.tree.map(lambda x: x.sharding, state.train))
+  programs = make_ppo_programs(decoder, optimizer, jax.tree.map(lambda x: x.sharding, state))
   for step in range(steps):
-      sampler = make_sampler(decoder, state.train.params["policy"], SamplingConfig(seed=step), stops, mesh=mesh)
+      sampler = make_sampler(decoder, state.params["policy"], SamplingConfig(seed=step), stops, mesh=mesh)
       data = rollout_groups(prompts, sampler(prompts))
       state, metrics = ppo_step(programs, state, ref_params, data, data.slots, layout, options, seed=step)
 """
@@ -23,10 +23,10 @@ from jaxdpo.data.dataset import TokenizedDataset
 from jaxdpo.data.packing import Layout
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.losses import next_kl_coef
-from jaxdpo.sharding import place_batch, replicated
-from jaxdpo.train.ppo_programs import PPOMicrobatch, PPOPrograms, PPOState
+from jaxdpo.sharding import place, place_batch, replicated
+from jaxdpo.train.ppo_programs import PPOMicrobatch, PPOPrograms
 from jaxdpo.train.rollout import Experience, cut_off, gather_experience, to_slots
-from jaxdpo.train.state import TrainState
+from jaxdpo.train.state import KLPenalty, PPOState
 from jaxdpo.types import InputError
 
 
@@ -66,39 +66,38 @@ def ppo_step(
             f"{len(data)} completions for --num-mini-batches {options.num_mini_batches}; allowed: at most as many "
             "mini-batches; draw more, or lower it"
         )
-    mesh = state.train.mesh
+    mesh = state.mesh
     with jax.set_mesh(mesh):
         experience = gather_experience(programs, state, ref_params, data, scores, layout, options)
-        metrics = _of_rollout(experience, data, float(state.kl_coef))
-        train, updates, order = state.train, [], np.random.default_rng(seed)
+        metrics = _of_rollout(experience, data, float(state.penalty.coef))
+        updates, order = [], np.random.default_rng(seed)
         for _ in range(options.num_ppo_epochs):
             for chosen in np.array_split(order.permutation(len(data)), options.num_mini_batches):
-                train, report = _update(programs, train, data, np.sort(chosen), experience, layout, options)
+                state, report = _update(programs, state, data, np.sort(chosen), experience, layout, options)
                 updates.append(report)
-        kl_coef = state.kl_coef
         if options.kl_target is not None:
             adapted = next_kl_coef(
-                kl_coef,
+                state.penalty.coef,
                 experience.kl.mean(),
                 target=options.kl_target,
                 horizon=options.kl_horizon or KL_HORIZON,
                 completions=len(data),
             )
-            kl_coef = jax.device_put(adapted, replicated(mesh))
+            state = state._replace(penalty=KLPenalty(place(adapted, replicated(mesh))))
     of_updates = {name: float(np.mean([report[name] for report in updates])) for name in updates[0]}
     ratio_var = float(np.var([report["val/ratio"] for report in updates]))
-    return PPOState(train, kl_coef), metrics | of_updates | {"val/ratio_var": ratio_var}
+    return state, metrics | of_updates | {"val/ratio_var": ratio_var}
 
 
 def _update(
     programs: PPOPrograms,
-    state: TrainState,
+    state: PPOState,
     data: TokenizedDataset,
     chosen: np.ndarray,
     experience: Experience,
     layout: Layout,
     options: PPOOptions,
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[PPOState, dict[str, float]]:
     """One optimizer update on some of the completions; means over their tokens."""
     tokens = np.float32(data.slots[chosen].sum())
     scalars = {name: getattr(options, name) for name in ("cliprange", "cliprange_value", "vf_coef")}

@@ -19,7 +19,7 @@ from jaxdpo.losses.policy_gradient import MAX_LOG_RATIO
 from jaxdpo.models import Decoder
 from jaxdpo.reference import LogpProgram, make_logp_program
 from jaxdpo.sharding import constrain, named_sharding, place, replicated
-from jaxdpo.train.state import TrainState, init_state
+from jaxdpo.train.state import KLPenalty, PPOState, init_state
 from jaxdpo.types import Array, Batch
 
 Scalars = Mapping[str, Any]
@@ -50,15 +50,6 @@ class PPOMicrobatch(NamedTuple):
     returns: Array
 
 
-class PPOState(NamedTuple):
-    """What a step of PPO reads and writes, and what a checkpoint would hold."""
-
-    train: TrainState
-    """Its `params` are `policy`, those of the decoder, and `value`, those of `init_value_head`."""
-    kl_coef: jax.Array
-    """float32 scalar: strength of the KL penalty in the next step."""
-
-
 class PPOPrograms(NamedTuple):
     """The compiled functions; `scalars` are traced, so sweeping them does not recompile."""
 
@@ -70,7 +61,7 @@ class PPOPrograms(NamedTuple):
     """`(params) -> gradients` of zero, laid out like the parameters."""
     accumulate: Callable[[dict, dict, PPOMicrobatch, Array, Scalars], tuple[dict, dict[str, jax.Array]]]
     """`(params, grads, microbatch, tokens of the update, scalars) -> (grads, sums over tokens)`; donates `grads`."""
-    apply: Callable[[TrainState, dict], tuple[TrainState, jax.Array]]
+    apply: Callable[[PPOState, dict], tuple[PPOState, jax.Array]]
     """`(state, grads) -> (state, gradient norm)`; donates the state."""
 
 
@@ -94,7 +85,9 @@ def init_ppo_state(
       kl_coef: strength of the KL penalty in the first step.
     """
     both = {"policy": params, "value": init_value_head(decoder, mesh)}
-    return PPOState(init_state(both, optimizer, mesh), place(np.asarray(kl_coef, np.float32), replicated(mesh)))
+    start = init_state(both, optimizer, mesh)
+    penalty = KLPenalty(place(np.asarray(kl_coef, np.float32), replicated(mesh)))
+    return PPOState(start.step, start.params, start.opt_state, penalty)
 
 
 def measure_tokens(decoder: Decoder, params: dict, batch: Batch) -> TokenOutputs:
@@ -121,13 +114,13 @@ def scored(batch: Batch) -> jax.Array:
     return jnp.asarray(batch.slot_owner) < groups * candidates
 
 
-def make_ppo_programs(decoder: Decoder, optimizer: optax.GradientTransformation, shardings: TrainState) -> PPOPrograms:
+def make_ppo_programs(decoder: Decoder, optimizer: optax.GradientTransformation, shardings: PPOState) -> PPOPrograms:
     """Builds the programs of a policy and an optimizer.
 
     Args:
       decoder: the policy, with an LM head.
       optimizer: any Optax transformation.
-      shardings: where each array of `PPOState.train` lives, `jax.tree.map(lambda x: x.sharding, state.train)`.
+      shardings: where each array of the state lives, `jax.tree.map(lambda x: x.sharding, state)`; it stays there.
     Returns:
       The programs, jitted; call them under `jax.set_mesh`.
     """
@@ -151,7 +144,7 @@ def make_ppo_programs(decoder: Decoder, optimizer: optax.GradientTransformation,
         return jax.tree.map(jnp.add, grads, more), sums
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def apply(state: TrainState, grads: dict) -> tuple[TrainState, jax.Array]:
+    def apply(state: PPOState, grads: dict) -> tuple[PPOState, jax.Array]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), optax.tree.norm(grads)

@@ -19,7 +19,8 @@ from jaxdpo.data.pipeline import all_batches
 from jaxdpo.forward import forward_batches
 from jaxdpo.losses import generalized_advantages, token_rewards, whiten
 from jaxdpo.reference import scored_slots
-from jaxdpo.train.ppo_programs import PPOPrograms, PPOState
+from jaxdpo.train.ppo_programs import PPOPrograms
+from jaxdpo.train.state import PPOState
 from jaxdpo.types import Array, Batch, InputError, Origin
 
 if TYPE_CHECKING:
@@ -155,20 +156,20 @@ def gather_experience(
     Raises:
       InputError: for another number of scores, one that is not finite, or a reference of another architecture.
     """
-    check_reference(ref_params, state.train.params["policy"])
+    check_reference(ref_params, state.params["policy"])
     scores = check_scores(scores, data)
     if options.missing_eos_penalty is not None:
         scores = scores - np.float32(options.missing_eos_penalty) * cut_off(data)
     where = np.arange(-(-int(data.slots.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) < data.slots[:, None]
     logps, ref_logps, values = (np.zeros(where.shape, np.float32) for _ in range(3))
-    mesh = state.train.mesh
+    mesh = state.mesh
     passes = functools.partial(forward_batches, mesh=mesh, total=len(data))
-    for batch, outputs in passes(programs.measure, state.train.params, all_batches(data, layout), label="policy"):
+    for batch, outputs in passes(programs.measure, state.params, all_batches(data, layout), label="policy"):
         of_slots(outputs.logps, batch, logps)
         of_slots(outputs.values, batch, values)
     for batch, (tokens, _) in passes(programs.reference, ref_params, all_batches(data, layout), label="reference"):
         of_slots(tokens, batch, ref_logps)
-    scalars = {"kl_coef": state.kl_coef, "gamma": options.gamma, "lam": options.lam}
+    scalars = {"kl_coef": state.penalty.coef, "gamma": options.gamma, "lam": options.lam}
     advantages, returns = _advantages(
         scores,
         logps,

@@ -31,6 +31,30 @@ class TrainState(NamedTuple):
         return jax.tree.leaves(self.params)[0].sharding.mesh
 
 
+class KLPenalty(NamedTuple):
+    """How PPO is kept near its reference."""
+
+    coef: jax.Array
+    """float32 scalar: the strength in the next step."""
+
+
+class PPOState(NamedTuple):
+    """What a step of PPO reads and writes, and what a checkpoint holds."""
+
+    step: jax.Array
+    """int32 scalar: optimizer updates done, several in each step of PPO."""
+    params: dict
+    """`policy`, the parameters of a decoder, and `value`, those of its value head."""
+    opt_state: optax.OptState
+    """What the optimizer remembers."""
+    penalty: KLPenalty
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """Where it lives."""
+        return jax.tree.leaves(self.params)[0].sharding.mesh
+
+
 def init_state(
     params: dict,
     optimizer: optax.GradientTransformation,

@@ -42,7 +42,7 @@ def setup(problem: Problem, updates: int):
     decoder, mesh = problem.decoder, make_mesh(jax.devices()[:1])
     optimizer = optax.adam(optax.linear_schedule(1e-2, 0, updates))
     state = init_ppo_state(decoder, tiny.params(decoder, mesh), optimizer, mesh, 0.0)
-    return mesh, optimizer, make_ppo_programs(decoder, optimizer, jax.tree.map(lambda x: x.sharding, state.train))
+    return mesh, optimizer, make_ppo_programs(decoder, optimizer, jax.tree.map(lambda x: x.sharding, state))
 
 
 def train(problem: Problem, options: PPOOptions, *, steps: int, count: int) -> Trained:
@@ -59,7 +59,7 @@ def train(problem: Problem, options: PPOOptions, *, steps: int, count: int) -> T
         scores = np.array(problem.rewards)[numbers]
         state, of_step = ppo_step(programs, state, reference, data, scores, layout, options, seed=step)
         metrics.append(of_step)
-        logps.append(np.asarray(all_logps(state.train.params["policy"])))
+        logps.append(np.asarray(all_logps(state.params["policy"])))
     optimum = optimal_policy(logps[0], np.array(problem.rewards), beta=BETA)
     return Trained(np.stack(logps), metrics, np.asarray(optimum))
 

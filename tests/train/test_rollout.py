@@ -3,6 +3,7 @@
 The numbers that packed rows give are compared with separate forward passes over unpadded texts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -16,6 +17,7 @@ import pytest
 from jaxdpo.config import PPOOptions
 from jaxdpo.data.pipeline import all_batches
 from jaxdpo.sharding import batch_size_multiple, make_mesh
+from jaxdpo.train.checkpoint import Checkpoints
 from jaxdpo.train.ppo import ppo_step
 from jaxdpo.train.ppo_programs import init_ppo_state, make_ppo_programs
 from jaxdpo.train.rollout import gather_experience, of_slots, rollout_groups, rollout_layout, to_slots
@@ -52,13 +54,13 @@ def setup(on="one device"):
     """Decoder, mesh, programs, parameters of policy and reference; the value head is not 0."""
     decoder, mesh = tiny.decoder(DIVISIBLE), MESHES[on]()
     state = fresh(decoder, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, state.train)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     return decoder, mesh, make_ppo_programs(decoder, SGD, shardings), tiny.params(decoder, mesh, seed=1)
 
 
 def fresh(decoder, mesh, kl_coef=0.3):
     state = init_ppo_state(decoder, tiny.params(decoder, mesh), SGD, mesh, kl_coef)
-    head = state.train.params["value"]
+    head = state.params["value"]
     kernel = np.random.default_rng(4).normal(size=head["kernel"].shape).astype(np.float32)
     head["kernel"] = jax.device_put(kernel, head["kernel"].sharding)
     return state
@@ -162,7 +164,7 @@ def test_the_gradient_is_that_of_the_surrogate_over_separate_texts():
         return -(ratio * found.advantages[:, :5]).sum() / sum(LENGTHS)
 
     loss, expected = jax.jit(jax.value_and_grad(surrogate))(tiny.params(decoder))
-    trace = state.train.opt_state[0].trace
+    trace = state.opt_state[0].trace
     assert relative(trace["policy"], expected) < 1e-4
     assert not np.asarray(trace["value"]["kernel"]).any()
     np.testing.assert_allclose(metrics["loss/policy_avg"], loss, rtol=1e-4)
@@ -171,7 +173,7 @@ def test_the_gradient_is_that_of_the_surrogate_over_separate_texts():
 @pytest.mark.parametrize(("on", "tokens"), [("one device", 256), ("eight devices", 64)])
 def test_the_update_does_not_depend_on_packing_or_mesh(on, tokens):
     (state, metrics), (expected, expected_metrics) = step(on, tokens=tokens), step()
-    assert relative(jax.device_get(state.train.params), jax.device_get(expected.train.params)) < 1e-4
+    assert relative(jax.device_get(state.params), jax.device_get(expected.params)) < 1e-4
     assert metrics == pytest.approx(expected_metrics, rel=1e-3, abs=1e-5)
 
 
@@ -188,7 +190,7 @@ def test_the_first_ratios_are_one_and_metrics_mean_what_they_say():
 def test_updates_of_a_step_are_epochs_times_mini_batches():
     options = dataclasses.replace(EXACT, num_ppo_epochs=2, num_mini_batches=3)
     state, metrics = step(options=options)
-    assert int(state.train.step) == 6
+    assert int(state.step) == 6
     assert metrics["policy/approxkl_avg"] > 0 and metrics["val/ratio_var"] > 0
 
 
@@ -196,8 +198,27 @@ def test_the_penalty_follows_its_target():
     options = dataclasses.replace(EXACT, kl_target=1e-3, kl_horizon=60)
     state, metrics = step(options=options)
     assert metrics["objective/kl"] > 1.2e-3  # so the error is clipped
-    assert float(state.kl_coef) == pytest.approx(0.3 * (1 + 0.2 * 6 / 60))
-    assert float(step()[0].kl_coef) == pytest.approx(0.3)
+    assert float(state.penalty.coef) == pytest.approx(0.3 * (1 + 0.2 * 6 / 60))
+    assert float(step()[0].penalty.coef) == pytest.approx(0.3)
+
+
+def test_a_restored_state_goes_on_as_the_saved_one_would(tmp_path):
+    options = dataclasses.replace(EXACT, kl_target=1e-3, kl_horizon=60)
+    decoder, mesh, programs, reference = setup()
+
+    def go_on(state):
+        arguments = (rollouts(), SCORES, layout_on(mesh, 64), options)
+        return ppo_step(programs, state, reference, *arguments, seed=1)
+
+    state, _ = step(options=options)
+    with contextlib.closing(Checkpoints(tmp_path, {})) as checkpoints:
+        checkpoints.save(state)
+        expected, expected_metrics = go_on(state)
+        restored = checkpoints.restore(fresh(decoder, mesh))
+    found, metrics = go_on(restored)
+    assert metrics == expected_metrics and metrics["objective/kl_coef"] > 0.3
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(leaf, other)
 
 
 def test_bad_scores_are_refused():
@@ -219,7 +240,7 @@ def test_completions_that_cannot_be_learnt_from_are_refused():
 def test_a_reference_that_is_no_copy_of_the_policy_is_refused():
     decoder, mesh, programs, _ = setup()
     state = fresh(decoder, mesh)
-    policy = state.train.params["policy"]
+    policy = state.params["policy"]
     other = tiny.params(tiny.decoder(dataclasses.replace(DIVISIBLE, vocab_size=66)), mesh)
     for reference, message in (
         (other, r"the reference has \(66, 16\) at \['tokens'\], the policy \(64, 16\); allowed: .* tokenizer"),
