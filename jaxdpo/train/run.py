@@ -66,7 +66,6 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
         disk is full or read-only, or a device out of memory.
     """
     began = time.perf_counter()
-    check_loggers(config.loggers)
     processes.start(config.coordinator, config.num_processes, config.process_id)
     with processes.only_main_prints():
         return _run(config, recipe, jax.devices() if devices is None else devices, began)
@@ -74,6 +73,9 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
 
 def _run(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device], began: float) -> RunResult:
     """`run_training` on processes that are connected."""
+    with processes.together():
+        if processes.is_main():
+            check_loggers(config.loggers)
     config, run = claim_together(config), RunDir(Path(config.output_dir))
     ready = prepare(config, recipe, devices)
     config, data, schedule, loss = ready.config, ready.data, ready.schedule, ready.loss
