@@ -19,6 +19,7 @@ from jaxdpo.config import (
     ConvertConfig,
     DPOConfig,
     ExportConfig,
+    PlanConfig,
     QuickstartConfig,
     RewardConfig,
     RunConfig,
@@ -79,6 +80,12 @@ def _audit(config: AuditConfig) -> int:
     return run_audit(config)
 
 
+def _plan(config: PlanConfig) -> None:
+    from jaxdpo.plan.command import run_plan
+
+    run_plan(config)
+
+
 def _convert(config: ConvertConfig) -> None:
     from jaxdpo.data.sources import open_sources
     from jaxdpo.data.tfds import build_tfds
@@ -97,6 +104,7 @@ VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "dpo": (DPOConfig, _dpo),
     "reward": (RewardConfig, _reward),
     "score": (ScoreConfig, _score),
+    "plan": (PlanConfig, _plan),
     "convert": (ConvertConfig, _convert),
     "export": (ExportConfig, _export),
 }

@@ -1,6 +1,6 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
+4 cli -> 3 train, plan, audit -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, data, plots
 -> 1 models, families, sharding -> 0 types, options, config, disk, chips, losses, theory
 """
 
@@ -49,6 +49,7 @@ FLOORS = {
     "data": 2,
     "plots": 2,
     "audit": 3,
+    "plan": 3,
     "train": 3,
     "cli": 4,
 }
@@ -68,6 +69,7 @@ LIBRARIES = {
         "reference",
         "reference_cache",
         "rewards",
+        "plan",
         "train",
     },
     "chex": {"losses", "theory"},
@@ -83,7 +85,7 @@ LIBRARIES = {
     "backports": {"data"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "optax": {"train"},
+    "optax": {"plan", "train"},
     "orbax": {"train"},
     "ruamel": {"train"},
     "tqdm": {"audit", "forward", "train"},
@@ -102,6 +104,7 @@ LIBRARIES = {
         "reference_store",
         "rewards",
         "data",
+        "plan",
         "train",
     },
 }
