@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxdpo.config.names import DType, Format, Remat
+from jaxdpo.config.names import Attention, DType, Format, Remat
 from jaxdpo.config.ranges import PATHS, RANGES
 from jaxdpo.options import check_fields, option
 from jaxdpo.types import InputError
@@ -116,6 +116,7 @@ class PlanConfig:
         "most tokens of one forward pass per device; by default 2048 on CPU, 16384 elsewhere", "compute", None
     )
     dtype: DType | None = option("compute dtype; by default bfloat16 on accelerators, float32 on CPU", "compute", None)
+    attention: Attention | None = option("as in jaxdpo dpo", "compute", None)
     remat: Remat | None = option("as in jaxdpo dpo; by default the fastest that fits", "compute", None)
     json: bool = option("print the plan as JSON", "report", False)
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.models import Decoder, TransformerConfig
-from jaxdpo.plan.job import Placed
+from jaxdpo.models import TransformerConfig
+from jaxdpo.plan.job import Job, Placed
 from jaxdpo.plan.roofline import Rates, Roofline
 from jaxdpo.sharding import MESH_AXES, num_slices
 from jaxdpo.train.forecast import SKIPPING, forward_flops, key_flops, layer_flops, slot_flops
@@ -37,10 +36,10 @@ HEAD_PASSES = 4
 """Of the LM head over the scored slots: logits, logits again, and two gradients."""
 
 
-def keys_of(decoder: Decoder, dataset: TokenizedDataset, length: int) -> float:
-    """Keys that a query is computed with, on average: those of its group, or of its row of `length` tokens."""
-    sizes = dataset.tokens.astype(np.float64)
-    return float(np.square(sizes).sum() / sizes.sum()) if decoder.attention in SKIPPING else float(length)
+def keys_of(job: Job) -> float:
+    """Keys that a query is computed with, on average: those of its group, or of its row."""
+    sizes = job.dataset.tokens.astype(np.float64)
+    return float(np.square(sizes).sum() / sizes.sum()) if job.decoder.attention in SKIPPING else float(job.length)
 
 
 def step_flops(placed: Placed, *, keys: float, scored: float) -> float:

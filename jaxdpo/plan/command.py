@@ -1,5 +1,6 @@
 """`jaxdpo plan`: checks, a process that compiles, and its answer as text or JSON. No jax is imported here."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ COMPILER = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 """Environment of a process that compiles for TPUs which are not there."""
+WORKER = [sys.executable, "-m", "jaxdpo.plan.worker"]
 LAST_LINES = 12
 """Of what a process that failed printed, so many are shown."""
 
@@ -51,7 +53,7 @@ def plan_in_process(config: PlanConfig, say: Callable[[str], None]) -> dict[str,
     environment = os.environ | (COMPILER if config.topology != LOCAL else {})
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxdpo.plan.worker"],
+            WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=noise,
@@ -60,7 +62,7 @@ def plan_in_process(config: PlanConfig, say: Callable[[str], None]) -> dict[str,
         )
         try:
             assert process.stdin is not None and process.stdout is not None
-            with process.stdin as request:
+            with contextlib.suppress(BrokenPipeError), process.stdin as request:
                 json.dump(dataclasses.asdict(config), request)
             for line in process.stdout:
                 answer = json.loads(line)

@@ -9,13 +9,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from jaxdpo.plan.hlo import Computation, Execution, Instruction, Program, Shape
+from jaxdpo.plan.collectives import Collective, collective_of
+from jaxdpo.plan.hlo import Computation, Instruction, Program, Shape
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
     "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "send", "recv", "opt-barrier",
@@ -23,17 +22,6 @@ _FREE = {
 """Opcodes that move nothing by themselves."""
 _WINDOWS = ("dynamic-slice", "slice", "gather")
 """Opcodes that read no more of their first operand than they return."""
-
-
-class Collective(NamedTuple):
-    """All of one kind over one network in a program."""
-
-    kind: str
-    network: str
-    """`ici`: the links within a slice, a host or a node; `dcn`: the network between slices."""
-    bytes: float
-    """That a device sends."""
-    calls: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +88,7 @@ def costs_of(program: Program, *, slices: int = 1, kernels: Mapping[str, float] 
             flops += times * sum(of_call for name, of_call in kernels.items() if name in instruction.attributes)
         if not inside:
             memory += times * memory_bytes(instruction, computation, program.computations, reads)
-        collective = _collective(execution, slices)
+        collective = collective_of(execution, slices)
         if collective is not None:
             sent += Costs(0.0, 0.0, (collective,))
     return Costs(flops, memory, sent.collectives)
@@ -132,11 +120,8 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     lhs_labels, rhs_labels, out_labels = re.split("_|->", labels)
     lhs, rhs = (_operand(instruction, computation, i).dims for i in (0, 1))
     out = instruction.shapes[0].dims
-    window = (
-        dict(re.findall(r"(\w+)=(\S+)", re.search(r"window=\{([^}]*)\}", instruction.attributes)[1]))
-        if ("window={" in instruction.attributes)
-        else {}
-    )
+    stated = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=(\S+)", stated[1])) if stated else {}
     pairs = 1
     for i in range(sum(label.isdigit() for label in lhs_labels)):
         sizes = (lhs[lhs_labels.index(str(i))], rhs[rhs_labels.index(str(i))], out[out_labels.index(str(i))])
@@ -241,60 +226,6 @@ def _written(computation: Computation, results: float) -> float:
         changed = computation.get(item.operands[1]) if item.opcode == "dynamic-update-slice" else None
         total += _bytes((changed or item).shapes)
     return total
-
-
-def _collective(execution: Execution, slices: int) -> Collective | None:
-    """What a device sends by an instruction, if it is a collective, in the least number of bytes that does it."""
-    instruction, computation, times, fused = execution
-    if instruction.opcode == "send":
-        return _between_slices(instruction, times, slices)
-    kind = instruction.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-        return None
-    started = any("AsyncCollectiveStart" in item.attributes for item in computation.values())
-    if fused and "async_collective_fusion_config" in instruction.attributes and not started:
-        return None  # the same one, whose progress is spread over several fusions
-    arrays = [shape for shape in instruction.shapes if shape.size]
-    size = float(sum(shape.bytes for shape in arrays))
-    if instruction.opcode.endswith("-start") and len(arrays) > 1:
-        size = float(max(shape.bytes for shape in arrays))  # of a tuple of what goes in and what comes out
-    members = _group_size(instruction)
-    if members == 1 and kind != "collective-permute":
-        return None
-    if kind == "all-reduce" and any(item.opcode == "dynamic-slice" for item in computation.values()) and fused:
-        kind, size = "reduce-scatter", size / members  # what the compiler makes of one whose result is cut up
-    share = (members - 1) / members
-    sent = {
-        "all-gather": size * share,
-        "all-reduce": 2 * size * share,
-        "reduce-scatter": size * (members - 1),
-        "all-to-all": size * share,
-        "collective-permute": size,
-    }[kind]
-    return Collective(kind, "ici", times * sent, times)
-
-
-def _between_slices(instruction: Instruction, times: float, slices: int) -> Collective | None:
-    """A collective over the network between slices, which goes by way of the host."""
-    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    if not found:
-        return None
-    kind = found[1].lower().replace("_", "-")
-    factor = 2 * (slices - 1) / slices if kind == "all-reduce" else slices - 1
-    return Collective(kind, "dcn", times * factor * instruction.shapes[0].bytes, times)
-
-
-def _group_size(instruction: Instruction) -> int:
-    """Devices of each group, in any of the three notations."""
-    text = instruction.attributes
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", found[2]))
-    return 1
 
 
 def _operand(instruction: Instruction, computation: Computation, index: int) -> Shape:

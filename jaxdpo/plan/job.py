@@ -46,6 +46,11 @@ class Job(NamedTuple):
     usable: float
     """Bytes of a device's memory that programs may take."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return max(self.config.lengths_of_rows or (0,))
+
 
 class Placed(NamedTuple):
     """A job on a mesh: what a run would hold and do there, by its own estimates."""
@@ -84,9 +89,8 @@ def make_job(plan: PlanConfig, architecture: TransformerConfig, devices: Sequenc
     """
     dtype = plan.dtype or default_dtype(devices)
     compute_dtype, product_dtype = precision(dtype, devices)
-    decoder = make_decoder(
-        architecture, compute_dtype=compute_dtype, attention=default_attention(devices, architecture)
-    )
+    attention = plan.attention or default_attention(devices, architecture)
+    decoder = make_decoder(architecture, compute_dtype=compute_dtype, attention=attention)
     decoder = dataclasses.replace(decoder, product_dtype=product_dtype)
     path = plan.prompt_tokens + plan.completion_tokens
     if path > architecture.max_positions:

@@ -12,8 +12,8 @@ import numpy as np
 from jaxdpo.lm_head import CHUNKS
 from jaxdpo.logprobs import head_chunks
 from jaxdpo.models import abstract_params
-from jaxdpo.models.blockwise import KEY_BLOCKS, find_blocks
-from jaxdpo.plan.analytic import KERNELS
+from jaxdpo.models.blockwise import BLOCK, KEY_BLOCKS, find_blocks
+from jaxdpo.plan.analytic import KERNELS, keys_of
 from jaxdpo.plan.costs import NOTHING, Costs, costs_of
 from jaxdpo.plan.hlo import parse
 from jaxdpo.plan.job import Job, Placed, shard_bytes
@@ -49,13 +49,12 @@ class TooLarge(Exception):
         self.name, self.needed = name, needed
 
 
-def compile_programs(job: Job, placed: Placed, keys: float, say: Callable[[str], None]) -> list[Compiled]:
-    """Compiles what a step runs, then the reference pass.
+def compiled_programs(job: Job, placed: Placed, say: Callable[[str], None]) -> Iterator[Compiled]:
+    """Compiles what a step runs, then the reference pass, one program at a time.
 
     Args:
       job: what is planned.
       placed: where.
-      keys: that a query is computed with, for kernels that the compiler does not look into.
       say: takes a line about what is being done.
     Raises:
       TooLarge: if the compiler finds that a program exceeds a device's memory.
@@ -63,7 +62,6 @@ def compile_programs(job: Job, placed: Placed, keys: float, say: Callable[[str],
     params = abstract_params(placed.decoder, placed.mesh)
     state = abstract_state(params, job.optimizer, placed.mesh)
     trips = trip_counts(placed)
-    found = []
     with jax.set_mesh(placed.mesh):
         for name, runs, program, arguments, beside in _programs(job, placed, state):
             say(f"compiling {name} for {placed.mesh.size} devices")
@@ -73,11 +71,10 @@ def compile_programs(job: Job, placed: Placed, keys: float, say: Callable[[str],
             costs = costs_of(
                 parse(compiled.as_text(), trips),
                 slices=num_slices(list(placed.mesh.devices.flat)),
-                kernels=kernel_flops(placed, keys),
+                kernels=kernel_flops(placed, keys_of(job)),
             )
             peak = peak_bytes(compiled.memory_analysis(), job.devices[0].platform)
-            found.append(Compiled(name, runs, costs, peak + beside, took))
-    return found
+            yield Compiled(name, runs, costs, peak + beside, took)
 
 
 def total(programs: list[Compiled], *, reference: bool = False) -> Costs:
@@ -142,7 +139,7 @@ def trip_counts(placed: Placed) -> Mapping[str, float]:
     """How often loops go round whose number depends on the data, on average: by their names in the program."""
     number = len(placed.batches)
     used = sum(scored_chunks(batch.slot_owner, batch.candidate_mask, placed.mesh)[0] for batch in placed.batches)
-    # Rows without tokens are left out of the average: the compiler's count is of a device, and all wait for the fullest.
+    # Without rows that are empty: devices wait for those that have more.
     blocks = [
         np.asarray(find_blocks(batch.positions, batch.group, batch.candidate).num_keys) for batch in placed.batches
     ]
@@ -152,6 +149,13 @@ def trip_counts(placed: Placed) -> Mapping[str, float]:
         CHUNKS: used / number,
         KEY_BLOCKS: float(rows[rows.any(axis=1)].mean()),
     }
+
+
+def computed_keys(job: Job, placed: Placed) -> float:
+    """Keys that each query is multiplied with: as `keys_of`, but whole blocks of them where the program shows that."""
+    if placed.decoder.attention != "blockwise":
+        return keys_of(job)
+    return BLOCK * trip_counts(placed)[KEY_BLOCKS]
 
 
 def scored_chunks(slot_owner: np.ndarray, candidate_mask: np.ndarray, mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -51,16 +51,15 @@ def _times(plan: dict[str, Any]) -> Iterator[str]:
         "traffic a chip"
     )
     for sent in plan["sent_bytes_per_chip"]:
-        yield (
-            f"           a chip sends {sent['bytes'] / 1e9:.3g} GB over {sent['network'].upper()} for {sent['collective']}"
-        )
+        network = sent["network"].upper()
+        yield f"           a chip sends {sent['bytes'] / 1e9:.3g} GB over {network} for {sent['collective']}"
     yield (
         f"time       at least {plan['step_seconds_bound']:.3g} s a step, bound by {BOUNDS[plan['bound']]} (seconds: "
         f"{seconds})"
     )
     yield (
-        f"           at most {plan['pairs_per_second_bound']:.3g} pairs/s and {plan['mfu_bound']:.0%} of the chips' FLOP/s "
-        f"(MFU); the reference pass over them at least {plan['reference_seconds_bound']:.3g} s"
+        f"           at most {plan['pairs_per_second_bound']:.3g} pairs/s, and {plan['mfu_bound']:.0%} of the chips' "
+        f"FLOP/s (MFU); the reference pass over these pairs takes at least {plan['reference_seconds_bound']:.3g} s"
     )
 
 

@@ -32,10 +32,6 @@ class Machine(NamedTuple):
     usable: float
     """Bytes of a device's memory that programs may take."""
 
-    def keys(self, job: Job) -> float:
-        """`keys_of` the job."""
-        return keys_of(job.decoder, job.dataset, max(job.config.lengths_of_rows or (0,)))
-
 
 def plan_result(
     config: PlanConfig,
@@ -103,11 +99,11 @@ def _facts(config: PlanConfig, job: Job, machine: Machine, placed: Placed) -> di
     }
 
 
-def _kinds(job: Job, placed: Placed, peak: float, per_chip: int) -> dict[str, float]:
+def _kinds(job: Job, placed: Placed, peak: float, per_chip: int) -> dict[str, float | None]:
     """What the peak is made of: activations are the rest, temporary arrays of all kinds."""
     state = abstract_state(abstract_params(placed.decoder, placed.mesh), job.optimizer, placed.mesh)
     parameters, moments = shard_bytes(state.params), shard_bytes(state.opt_state)
-    kinds = {"parameters": parameters, "optimizer": moments, "gradients": parameters}
+    kinds: dict[str, float] = {"parameters": parameters, "optimizer": moments, "gradients": parameters}
     kinds["activations"] = max(0.0, peak - sum(kinds.values()))
     return {name: _number(size * per_chip / GIB) for name, size in kinds.items()}
 
@@ -115,7 +111,7 @@ def _kinds(job: Job, placed: Placed, peak: float, per_chip: int) -> dict[str, fl
 def _times(job: Job, machine: Machine, placed: Placed, programs: list[Compiled]) -> dict[str, Any]:
     """Work and the least time of it."""
     per_chip, devices = len(machine.devices) // machine.chips, len(machine.devices)
-    keys, costs = machine.keys(job), total(programs)
+    keys, costs = keys_of(job), total(programs)
     bound = roofline(costs, machine.rates)
     before = roofline(total(programs, reference=True), machine.rates)
     chunks = [scored_chunks(batch.slot_owner, batch.candidate_mask, placed.mesh) for batch in placed.batches]
@@ -125,7 +121,7 @@ def _times(job: Job, machine: Machine, placed: Placed, programs: list[Compiled])
     )
     return {
         "flops_per_step": costs.flops * devices,
-        "flops_per_step_by_arithmetic": step_flops(placed, keys=keys, scored=scored),
+        "flops_per_step_by_arithmetic": step_flops(placed, keys=computed_keys(job, placed), scored=scored),
         "useful_flops_per_step": useful,
         "hbm_bytes_per_chip": costs.bytes * per_chip,
         "sent_bytes_per_chip": [

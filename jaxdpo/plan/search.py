@@ -55,7 +55,7 @@ def candidates(job: Job, rates: Rates, remat: str | None) -> list[Candidate]:
     usable = USABLE.get(platform, USABLE_ELSEWHERE) * job.usable
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(job.decoder)))
     policies = CHOSEN if remat is None else (remat,)
-    keys = keys_of(job.decoder, job.dataset, max(job.config.lengths_of_rows or (0,)))
+    keys = keys_of(job)
     found = []
     for mesh in _meshes(job):
         first = place(job, mesh, policies[0])
@@ -74,9 +74,7 @@ def _meshes(job: Job) -> Iterator[jax.sharding.Mesh]:
         except InputError as error:
             raise InputError(f"--mesh: {error}") from None
         return
-    for sizes in sensible(
-        job.decoder.config, len(job.devices), num_slices(job.devices), max(job.config.lengths_of_rows)
-    ):
+    for sizes in sensible(job.decoder.config, len(job.devices), num_slices(job.devices), job.length):
         yield make_mesh(job.devices, **sizes)
 
 

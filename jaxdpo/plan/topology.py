@@ -44,8 +44,8 @@ def check_topology(name: str, slices: int) -> None:
         near = nearest(chip, list(SLICES), cutoff=0.6)
         meant = f"did you mean {near}? " if near else ""
         raise InputError(
-            f"--topology {name!r} names no TPU; {meant}allowed: CHIP:SHAPE with one of {', '.join(SLICES)}, as v5e:4x4; "
-            f"or {LOCAL}"
+            f"--topology {name!r} names no TPU; {meant}allowed: {LOCAL}, or CHIP:SHAPE with one of "
+            f"{', '.join(SLICES)}, as v5e:4x4"
         )
     if shape not in SLICES[chip]:
         raise InputError(f"--topology {name!r}: {chip} has no slice {shape!r}; allowed: {', '.join(SLICES[chip])}")
@@ -83,6 +83,6 @@ def slice_devices(name: str, slices: int) -> list[Any]:
     except JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"--topology {name}: this libtpu does not know it ({reason}); allowed of {chip}: {', '.join(SLICES[chip])}; "
-            f"a newer libtpu may: {INSTALL}"
+            f"--topology {name}: this libtpu does not know it ({reason}); allowed: others of {chip}, "
+            f"{', '.join(SLICES[chip])}; a newer libtpu may know it: {INSTALL}"
         ) from error

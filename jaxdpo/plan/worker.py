@@ -18,7 +18,7 @@ from jaxdpo.hf import load_config
 from jaxdpo.hub import resolve_model
 from jaxdpo.models import TransformerConfig
 from jaxdpo.plan.job import make_job
-from jaxdpo.plan.programs import Compiled, TooLarge, compile_programs
+from jaxdpo.plan.programs import Compiled, TooLarge, compiled_programs
 from jaxdpo.plan.result import Machine, plan_result
 from jaxdpo.plan.roofline import Rates, tpu_rates
 from jaxdpo.plan.search import candidates
@@ -48,15 +48,15 @@ def make_plan(config: PlanConfig, say: Callable[[str], None]) -> dict[str, Any]:
     found = candidates(job, machine.rates, config.remat)
     programs: list[Compiled] = []
     refused: TooLarge | None = None
-    for tried, candidate in enumerate(found[:TRIED]):
+    for chosen, candidate in enumerate(found[:TRIED]):  # noqa: B007 - the last one is reported
         try:
-            programs, refused = compile_programs(job, candidate.placed, machine.keys(job), say), None
+            programs, refused = list(compiled_programs(job, candidate.placed, say)), None
         except TooLarge as error:
             programs, refused = [], error
             say(f"{error}, of {machine.usable / 2**30:.2f}: it does not fit")
         if programs and max(item.memory for item in programs) <= machine.usable:
             break
-    return plan_result(config, job, machine, found, tried, programs, refused)
+    return plan_result(config, job, machine, found, chosen, programs, refused)
 
 
 def _architecture(name: str) -> TransformerConfig:
@@ -76,7 +76,8 @@ def _machine(config: PlanConfig) -> Machine:
     known = chip_of(devices[0].device_kind)
     memory = float(device_memory(devices[0]))
     if devices[0].platform == "cpu":  # devices of one host share its cores and its memory
-        return Machine(devices, 1, Rates(measured_peak(dtype) / len(devices), None, None, None), memory / len(devices))
+        count = len(devices)
+        return Machine(devices, count, Rates(measured_peak(dtype) / count, None, None, None), memory / count)
     if known is not None and dtype == "bfloat16":
         chips = max(1, len(devices) // known.devices)
         return Machine(devices, chips, tpu_rates(known, known.devices, dtype), memory)

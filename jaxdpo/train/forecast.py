@@ -121,13 +121,13 @@ def print_forecast(
 
 
 def empty_rows_warning(fill: Fill, groups: str, mesh: jax.sharding.Mesh) -> str | None:
-    """What to say where a step's groups, such as "64 pairs", leave many rows of a mesh empty; None where they do not."""
+    """What to say where a step's groups, as "64 pairs", leave many rows of a mesh empty; None where they do not."""
     apart = batch_size_multiple(mesh)
     if apart == 1 or fill.empty_rows <= EMPTY * fill.rows:
         return None
     return (
-        f"{groups} a step do not fill the rows of data x fsdp = {apart} devices, which compute empty ones; fix: a larger "
-        "--batch-size, or part of the devices on tensor or context (--mesh)"
+        f"{groups} a step do not fill the rows of data x fsdp = {apart} devices, which compute empty ones; "
+        "fix: a larger --batch-size, or part of the devices on tensor or context (--mesh)"
     )
 
 

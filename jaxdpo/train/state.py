@@ -1,6 +1,6 @@
 """The train state: all that a step reads and writes as one pytree, born on its shards."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def abstract_state(params: dict, optimizer: optax.GradientTransformation, mesh: 
       mesh: where the rest goes.
     """
 
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+    def placed(leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = optax.tree.map_params(
