@@ -121,4 +121,4 @@ class PlanConfig:
     json: bool = option("print the plan as JSON", "report", False)
 
     def __post_init__(self) -> None:
-        check_fields(self, {name: row for name, row in RANGES.items() if name != "json"}, ("model",))
+        check_fields(self, RANGES, PATHS)

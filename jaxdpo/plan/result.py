@@ -10,7 +10,7 @@ from jaxdpo.config import PlanConfig
 from jaxdpo.models import abstract_params
 from jaxdpo.plan.analytic import keys_of, step_flops, useful_flops
 from jaxdpo.plan.job import Job, Placed, shard_bytes
-from jaxdpo.plan.programs import Compiled, TooLarge, scored_chunks, total
+from jaxdpo.plan.programs import Compiled, TooLarge, computed_keys, scored_chunks, total
 from jaxdpo.plan.roofline import Rates, roofline
 from jaxdpo.plan.search import Candidate
 from jaxdpo.train.forecast import empty_rows_warning

@@ -43,7 +43,7 @@ def make_plan(config: PlanConfig, say: Callable[[str], None]) -> dict[str, Any]:
       InputError: for what cannot be planned.
     """
     architecture = _architecture(config.model)
-    machine = _machine(config)
+    machine = machine_of(config)
     job = make_job(config, architecture, machine.devices, machine.usable)
     found = candidates(job, machine.rates, config.remat)
     programs: list[Compiled] = []
@@ -63,7 +63,7 @@ def _architecture(name: str) -> TransformerConfig:
     return known_config(name) if name in SHAPES else load_config(resolve_model(name, weights=False))
 
 
-def _machine(config: PlanConfig) -> Machine:
+def machine_of(config: PlanConfig) -> Machine:
     """The devices that are planned for."""
     if config.topology != LOCAL:
         chip, per_slice = chips_of(config.topology)
