@@ -19,10 +19,10 @@ from jaxdpo.plan.command import plan_in_process
 
 ENTRIES: tuple[dict[str, Any], ...] = (
     {"model": "smollm2-135m", "topology": "v5e:2x4"},
+    {"model": "llama-3.1-70b", "topology": "v5p:4x4x4"},
+    {"model": "llama-3.1-8b", "topology": "v5p:2x2x2"},
     {"model": "smollm2-135m", "topology": "v5e:2x4", "slices": 2},
     {"model": "llama-3.1-8b", "topology": "v5e:4x4"},
-    {"model": "llama-3.1-8b", "topology": "v5p:2x2x2"},
-    {"model": "llama-3.1-70b", "topology": "v5p:4x4x4"},
 )
 """Options of the plans."""
 

@@ -87,14 +87,9 @@ def _plan(config: PlanConfig) -> None:
 
 
 def _convert(config: ConvertConfig) -> None:
-    from jaxdpo.data.sources import open_sources
-    from jaxdpo.data.tfds import build_tfds
+    from jaxdpo.data.convert import convert
 
-    splits = {"train": open_sources(config.data)}
-    if config.eval_data is not None:
-        splits["test"] = open_sources(config.eval_data)
-    path = build_tfds(splits, config.output_dir, name=config.name, version=config.version)
-    print(f"written    {path}: read it with --data tfds:{path}")
+    convert(config)
 
 
 VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
@@ -114,10 +109,8 @@ docstring is its help."""
 CONFIG_VERBS = ("sft", "dpo", "reward")
 """Verbs that take `--config FILE.yaml`."""
 
-
 INTERRUPTED = (130, 143)
 """Exit statuses after Ctrl-C and SIGTERM."""
-
 
 COMPILED_BYTES = 8 * 2**30
 """How much the compiled programs that are kept may take; those that were not used for the longest time go first."""

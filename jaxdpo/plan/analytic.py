@@ -11,7 +11,7 @@ import numpy as np
 from jaxdpo.models import TransformerConfig
 from jaxdpo.plan.job import Job, Placed
 from jaxdpo.plan.roofline import Rates, Roofline
-from jaxdpo.sharding import MESH_AXES, num_slices
+from jaxdpo.sharding import MESH_AXES, num_slices, tokens_apart
 from jaxdpo.train.forecast import SKIPPING, forward_flops, key_flops, layer_flops, slot_flops
 
 
@@ -56,8 +56,11 @@ def step_flops(placed: Placed, *, keys: float, scored: float) -> float:
     # A layer's last product is not computed again: nothing in the backward pass reads its result.
     last = 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
     again = layers - last if remat in ("attention", "full") else 0.0
+    # Keys and values are computed by each of the devices that share a row's heads.
+    of_keys = 4.0 * config.num_layers * config.embed_dim * config.num_kv_heads * config.head_dim
+    repeated = (placed.mesh.size // tokens_apart(placed.mesh) - 1) * of_keys * (3 + (again > 0))
     scores = products.forward + products.backward + products.again.get(remat, 0)
-    per_token = 3 * layers + again + scores * keys * key_flops(config) / 2
+    per_token = 3 * layers + again + repeated + scores * keys * key_flops(config) / 2
     return placed.tokens * per_token + HEAD_PASSES * scored * slot_flops(config)
 
 
