@@ -3,7 +3,8 @@
 Figures are of one chip as its vendor states them, dense bfloat16, no sparsity: Cloud TPU documentation
 (https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and NVIDIA's data sheets. It states links in both
 directions together; here is half of that. v4's links are those of Jouppi et al. 2023, https://arxiv.org/abs/2304.01433,
-50 GB/s each. A chip of TPU7x is two devices to jax; the others are one.
+50 GB/s each; its share of the network is not published, and is taken to be that of v5p. A chip of TPU7x is two devices
+to jax; the others are one.
 """
 
 import dataclasses

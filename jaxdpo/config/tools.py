@@ -118,6 +118,12 @@ class PlanConfig:
     dtype: DType | None = option("compute dtype; by default bfloat16 on accelerators, float32 on CPU", "compute", None)
     attention: Attention | None = option("as in jaxdpo dpo", "compute", None)
     remat: Remat | None = option("as in jaxdpo dpo; by default the fastest that fits", "compute", None)
+    quick: bool = option(
+        "compile with the least effort, in a quarter of the time: says about the same of memory and FLOPs, and nothing of "
+        "memory traffic",
+        "compute",
+        False,
+    )
     json: bool = option("print the plan as JSON", "report", False)
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ def costs_of(program: Program, *, slices: int = 1, kernels: Mapping[str, float] 
     for execution in program.executions():
         instruction, computation, times, inside = execution
         flops += times * product_flops(instruction, computation)
-        if instruction.opcode == "custom-call" and kernels:
+        if kernels and instruction.attribute("custom_call_target") == '"tpu_custom_call"':
             flops += times * sum(of_call for name, of_call in kernels.items() if name in instruction.attributes)
         if not inside:
             memory += times * memory_bytes(instruction, computation, program.computations, reads)
@@ -158,9 +158,9 @@ def memory_bytes(
         return 0.0
     results = _main(instruction.shapes)
     if opcode in ("copy-start", "slice-start"):
-        moved = min(shape.bytes for shape in instruction.shapes if shape.size > 1 or len(instruction.shapes) < 3)
-        ends = [_operand(instruction, computation, 0), instruction.shapes[opcode == "slice-start"]]
-        return moved * sum(end.space == 0 for end in ends)
+        target = instruction.shapes[opcode == "slice-start"]  # of a tuple that names the source as well
+        ends = (_operand(instruction, computation, 0), target)
+        return float(target.bytes * sum(end.space == 0 for end in ends))
     if opcode.endswith("-start"):
         return results  # of a tuple that holds the operands as well
     if opcode in _WINDOWS:

@@ -36,7 +36,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"           {plan['refused']}"
     if "step_seconds_bound" in plan:
         yield from _times(plan)
-    yield f"compiled   in {plan['compile_seconds']:.0f} s"
+    effort = ", with the least effort" if plan["quick"] else ""
+    yield f"compiled   in {plan['compile_seconds']:.0f} s{effort}"
     for warning in plan["warnings"]:
         yield f"warning    {warning}"
     if len(plan["candidates"]) > 1:
@@ -46,10 +47,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
 
 def _times(plan: dict[str, Any]) -> Iterator[str]:
     seconds = ", ".join(f"{name} {value:.3g}" for name, value in plan["seconds"].items())
-    yield (
-        f"work       {plan['flops_per_step']:.3g} FLOPs in all, {plan['hbm_bytes_per_chip'] / 1e9:.3g} GB of memory "
-        "traffic a chip"
-    )
+    traffic = plan["hbm_bytes_per_chip"]
+    moved = "" if traffic is None else f", {traffic / 1e9:.3g} GB of memory traffic a chip"
+    yield f"work       {plan['flops_per_step']:.3g} FLOPs in all{moved}"
     for sent in plan["sent_bytes_per_chip"]:
         network = sent["network"].upper()
         yield f"           a chip sends {sent['bytes'] / 1e9:.3g} GB over {network} for {sent['collective']}"

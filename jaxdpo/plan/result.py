@@ -67,7 +67,7 @@ def plan_result(
         "warnings": [warning] if (warning := _warning(config, placed)) else [],
         "candidates": [_listed(item, i <= chosen, per_chip) for i, item in enumerate(found[:SHOWN])],
     }
-    return result | (_times(job, machine, placed, programs) if programs else {})
+    return result | (_times(config, job, machine, placed, programs) if programs else {})
 
 
 def _facts(config: PlanConfig, job: Job, machine: Machine, placed: Placed) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def _facts(config: PlanConfig, job: Job, machine: Machine, placed: Placed) -> di
         "prompt_tokens": config.prompt_tokens,
         "completion_tokens": config.completion_tokens,
         "length": config.length,
+        "quick": config.quick,
         "microbatches": len(placed.batches),
         "rows": len(placed.batches[0].tokens),
         "slots": placed.batches[0].slot_owner.shape[1],
@@ -108,7 +109,7 @@ def _kinds(job: Job, placed: Placed, peak: float, per_chip: int) -> dict[str, fl
     return {name: _number(size * per_chip / GIB) for name, size in kinds.items()}
 
 
-def _times(job: Job, machine: Machine, placed: Placed, programs: list[Compiled]) -> dict[str, Any]:
+def _times(config: PlanConfig, job: Job, machine: Machine, placed: Placed, programs: list[Compiled]) -> dict[str, Any]:
     """Work and the least time of it."""
     per_chip, devices = len(machine.devices) // machine.chips, len(machine.devices)
     keys, costs = keys_of(job), total(programs)
@@ -123,7 +124,7 @@ def _times(job: Job, machine: Machine, placed: Placed, programs: list[Compiled])
         "flops_per_step": costs.flops * devices,
         "flops_per_step_by_arithmetic": step_flops(placed, keys=computed_keys(job, placed), scored=scored),
         "useful_flops_per_step": useful,
-        "hbm_bytes_per_chip": costs.bytes * per_chip,
+        "hbm_bytes_per_chip": None if config.quick else costs.bytes * per_chip,
         "sent_bytes_per_chip": [
             {"collective": kind, "network": network, "bytes": size * per_chip, "calls": calls}
             for kind, network, size, calls in costs.collectives
@@ -131,7 +132,7 @@ def _times(job: Job, machine: Machine, placed: Placed, programs: list[Compiled])
         "seconds": {name: _number(value) for name, value in bound.seconds.items()},
         "step_seconds_bound": _number(bound.step),
         "bound": bound.bound,
-        "pairs_per_second_bound": _number(job.config.batch_size / bound.step),
+        "pairs_per_second_bound": _number(config.batch_size / bound.step),
         "mfu_bound": _number(useful / (bound.step * machine.rates.flops * devices)),
         "reference_seconds_bound": _number(before.step),
         "reference_bound": before.bound,

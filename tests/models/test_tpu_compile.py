@@ -98,8 +98,8 @@ def abstract_microbatch(mesh, *, rows: int, slots: int, groups: int) -> Microbat
 
 @pytest.mark.parametrize(
     ("config", "topology"),
-    [(TINY, "v5e:2x2"), (TINY, "v5p:2x2x1"), (TINY, "v6e:2x2"), (SMOLLM2_135M, "v5e:2x2")],
-    ids=["tiny-v5e", "tiny-v5p", "tiny-v6e", "smollm2-135m-v5e"],
+    [(TINY, "v5e:2x2"), (TINY, "v5p:2x2x1"), (TINY, "v6e:2x2")],
+    ids=["tiny-v5e", "tiny-v5p", "tiny-v6e"],
 )
 def test_a_whole_dpo_step(config, topology):
     mesh = mesh_of(topology)
