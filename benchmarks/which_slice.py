@@ -2,9 +2,9 @@
 
   python benchmarks/which_slice.py --output benchmarks/results
 
-Command: the one above, in an environment with libtpu (`pip install -e '.[tpu]'`); no TPU is needed. Hardware: any Linux
-machine; quick plans compile one after another, on two cores in a minute or two each. A plan that `which_slice.json` has already is
-not made again; remove the file to make all of them. Expected: every one of the plans fits.
+Command: the one above, in an environment with libtpu (`pip install -e '.[tpu]'`). Hardware: any Linux machine, no TPU;
+quick plans compile one after another, on two cores in a minute or two each. A plan that `which_slice.json` already has
+is not made again; remove the file to make all of them. Expected: every one of the plans fits.
 """
 
 import argparse

@@ -35,7 +35,7 @@ CONFIGS = {
     ConvertConfig: {"data": "d.jsonl", "output_dir": "out"},
     ScoreConfig: {"model": "m", "data": "d.jsonl", "output": "scores.jsonl"},
     ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
-    PlanConfig: {"model": "m"},
+    PlanConfig: {"model": "m", "topology": "v5e:2x2"},
     QuickstartConfig: {},
 }
 every_config = pytest.mark.parametrize("config", CONFIGS)

@@ -119,8 +119,8 @@ class PlanConfig:
     attention: Attention | None = option("as in jaxdpo dpo", "compute", None)
     remat: Remat | None = option("as in jaxdpo dpo; by default the fastest that fits", "compute", None)
     quick: bool = option(
-        "compile with the least effort, in a quarter of the time: says about the same of memory and FLOPs, and nothing of "
-        "memory traffic",
+        "compile for TPUs with the least effort, in a quarter of the time: says about the same of memory and FLOPs, "
+        "and nothing of memory traffic",
         "compute",
         False,
     )
@@ -128,3 +128,6 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES, PATHS)
+        if self.topology == "local" and (self.slices != 1 or self.quick):
+            given = "--quick" if self.quick else f"--slices {self.slices}"
+            raise InputError(f"{given} has no effect on local devices; name a TPU's --topology, or drop the flag")

@@ -48,7 +48,7 @@ def plan_in_process(config: PlanConfig, say: Callable[[str], None]) -> dict[str,
       config: the options.
       say: takes a line about what is being done.
     """
-    check_topology(config.topology, config.slices)
+    check_topology(config.topology)
     check_compiler(config.topology)
     environment = os.environ | (COMPILER if config.topology != LOCAL else {})
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:

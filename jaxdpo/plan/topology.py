@@ -33,11 +33,9 @@ USABLE_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94
 INSTALL = "pip install 'jaxdpo[tpu]', or in a clone pip install -e '.[tpu]'"
 
 
-def check_topology(name: str, slices: int) -> None:
-    """InputError for a name that is not `local` or `CHIP:SHAPE`, or for slices of local devices; says which exist."""
+def check_topology(name: str) -> None:
+    """InputError for a name that is not `local` or `CHIP:SHAPE`; says which exist."""
     if name == LOCAL:
-        if slices != 1:
-            raise InputError(f"--slices {slices} of local devices; allowed: 1; slices are of TPUs, name a --topology")
         return
     chip, _, shape = name.partition(":")
     if chip not in SLICES:

@@ -5,33 +5,32 @@ import importlib.util
 import pytest
 
 from jaxdpo.chips import CHIPS
+from jaxdpo.config import PlanConfig
 from jaxdpo.plan.topology import SLICES, USABLE_GIB, check_compiler, check_topology, chips_of
 from jaxdpo.types import InputError
 
 
 @pytest.mark.parametrize("name", ["local", *(f"{chip}:{shapes[-1]}" for chip, shapes in SLICES.items())])
 def test_names_that_exist(name):
-    check_topology(name, 1)
+    check_topology(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "slices", "said"),
+    ("name", "said"),
     [
         (
             "v5x:4x4",
-            1,
             r"'v5x:4x4' names no TPU; did you mean v5\w\? allowed: local, or CHIP:SHAPE with one of v4",
         ),
-        ("somewhere", 1, "'somewhere' names no TPU; allowed: local"),
-        ("v5e", 1, "v5e has no slice ''; allowed: 1x1, 2x2, 2x4, 4x4"),
-        ("v5e:3x3", 1, "v5e has no slice '3x3'; allowed: 1x1, 2x2, 2x4, 4x4"),
-        ("v5p:4x4", 1, "v5p has no slice '4x4'; allowed: 2x2x1, 2x2x2"),
-        ("local", 2, "--slices 2 of local devices; allowed: 1"),
+        ("somewhere", "'somewhere' names no TPU; allowed: local"),
+        ("v5e", "v5e has no slice ''; allowed: 1x1, 2x2, 2x4, 4x4"),
+        ("v5e:3x3", "v5e has no slice '3x3'; allowed: 1x1, 2x2, 2x4, 4x4"),
+        ("v5p:4x4", "v5p has no slice '4x4'; allowed: 2x2x1, 2x2x2"),
     ],
 )
-def test_names_that_do_not(name, slices, said):
+def test_names_that_do_not(name, said):
     with pytest.raises(InputError, match=said):
-        check_topology(name, slices)
+        check_topology(name)
 
 
 def test_every_chip_of_the_table_has_rates_and_a_limit():
@@ -39,6 +38,13 @@ def test_every_chip_of_the_table_has_rates_and_a_limit():
     for name, chip in ((name, CHIPS[name]) for name in SLICES):
         devices = 2 if name == "v4" else chip.devices  # libtpu describes a v4 chip as two devices
         assert 0.95 < USABLE_GIB[name] * devices * 2**30 / chip.memory_bytes < 1.01, name
+
+
+@pytest.mark.parametrize("option", [{"slices": 2}, {"quick": True}])
+def test_options_that_only_tpus_have(option):
+    with pytest.raises(InputError, match=r"--(slices 2|quick) has no effect on local devices; name a TPU's --topology"):
+        PlanConfig(model="m", **option)
+    PlanConfig(model="m", topology="v5e:2x4", **option)
 
 
 def test_chips_of_a_slice():
