@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdpo.chips import CHIPS
+from jaxdpo.plan.report import report
 from jaxdpo.plan.shapes import SHAPES
 from jaxdpo.plan.topology import SLICES
 
@@ -31,6 +32,12 @@ def test_every_known_shape_is_named():
 
 def test_the_table_of_slices_is_that_of_the_script():
     assert (ROOT / "benchmarks/results/which_slice.md").read_text(encoding="utf-8") in PAGE
+
+
+def test_the_example_is_what_the_command_prints():
+    command = re.search(r"jaxdpo plan --model (\S+) --topology (\S+) --quick\n", PAGE)
+    plan = PLANS[f"{command[1]} on {command[2]}"]
+    assert plan["quick"] and report(plan) in PAGE
 
 
 @pytest.mark.parametrize("name", PLANS)
