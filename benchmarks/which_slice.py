@@ -16,6 +16,7 @@ from typing import Any
 from jaxdpo.config import PlanConfig
 from jaxdpo.disk import writing
 from jaxdpo.plan.command import plan_in_process
+from jaxdpo.plan.report import short
 
 ENTRIES: tuple[dict[str, Any], ...] = (
     {"model": "smollm2-135m", "topology": "v5e:2x4"},
@@ -48,9 +49,9 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
             plan["remat"],
             f"{plan['hbm_gib_per_chip']:.1f}" + ("" if plan["fits"] else ", does not fit"),
             f"{plan['hbm_limit_gib']:.1f}",
-            f"{plan['step_seconds_bound']:.3g} s" if "bound" in plan else "",
+            f"{short(plan['step_seconds_bound'])} s" if "bound" in plan else "",
             plan.get("bound", ""),
-            f"{plan['pairs_per_second_bound']:.3g}" if "bound" in plan else "",
+            f"{short(plan['pairs_per_second_bound'])}" if "bound" in plan else "",
             f"{plan['mfu_bound']:.0%}" if "bound" in plan else "",
         )
         rows.append(f"| {' | '.join(cells)} |")

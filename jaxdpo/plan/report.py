@@ -16,6 +16,11 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(_lines(plan))
 
 
+def short(value: float) -> str:
+    """Three digits, or a whole number: 0.0134, 61.6, 1,040."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
     slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
     chips = f"{plan['chips']} chip(s)" + (f", {plan['devices']} devices" if plan["devices"] != plan["chips"] else "")
@@ -46,26 +51,25 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _times(plan: dict[str, Any]) -> Iterator[str]:
-    seconds = ", ".join(f"{name} {value:.3g}" for name, value in plan["seconds"].items())
+    seconds = ", ".join(f"{name} {short(value)}" for name, value in plan["seconds"].items())
     traffic = plan["hbm_bytes_per_chip"]
-    moved = "" if traffic is None else f", {traffic / 1e9:.3g} GB of memory traffic a chip"
+    moved = "" if traffic is None else f", {short(traffic / 1e9)} GB of memory traffic a chip"
     yield f"work       {plan['flops_per_step']:.3g} FLOPs in all{moved}"
     for sent in plan["sent_bytes_per_chip"]:
         network = sent["network"].upper()
-        yield f"           a chip sends {sent['bytes'] / 1e9:.3g} GB over {network} for {sent['collective']}"
+        yield f"           a chip sends {short(sent['bytes'] / 1e9)} GB over {network} for {sent['collective']}"
     yield (
-        f"time       at least {plan['step_seconds_bound']:.3g} s a step, bound by {BOUNDS[plan['bound']]} (seconds: "
+        f"time       at least {short(plan['step_seconds_bound'])} s a step, bound by {BOUNDS[plan['bound']]} (seconds: "
         f"{seconds})"
     )
-    yield (
-        f"           at most {plan['pairs_per_second_bound']:.3g} pairs/s, and {plan['mfu_bound']:.0%} of the chips' "
-        f"FLOP/s (MFU); the reference pass over these pairs takes at least {plan['reference_seconds_bound']:.3g} s"
-    )
+    at_most = f"{short(plan['pairs_per_second_bound'])} pairs/s, and {plan['mfu_bound']:.0%} of the chips' FLOP/s (MFU)"
+    yield f"           at most {at_most}"
+    yield f"reference  at least {short(plan['reference_seconds_bound'])} s for these pairs, once before training"
 
 
 def _way(way: dict[str, Any]) -> str:
     fits = "" if way["estimated_fits"] else "  may not fit"
     return (
         f"         {'*' if way['compiled'] else ' '} {way['mesh']:<28} remat {way['remat']:<12}"
-        f"{way['estimated_gib_per_chip']:8.1f} GiB  {way['estimated_seconds']:.3g} s, {way['estimated_bound']}{fits}"
+        f"{way['estimated_gib_per_chip']:8.1f} GiB  {short(way['estimated_seconds'])} s, {way['estimated_bound']}{fits}"
     )
