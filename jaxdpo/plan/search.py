@@ -81,11 +81,13 @@ def _meshes(job: Job) -> Iterator[jax.sharding.Mesh]:
 def sensible(config: TransformerConfig, devices: int, slices: int, length: int) -> Iterator[dict[str, int]]:
     """Sizes of meshes that the model and the rows can be split over.
 
-    >>> from jaxdpo.models import TransformerConfig
     >>> config = TransformerConfig("llama", 64, 6, 1, 2, 2, 4, 8, 64)
-    >>> list(sensible(config, 4, 1, 128))
-    [{'data': 1, 'fsdp': 2, 'tensor': 2, 'context': 1}, {'data': 2, 'fsdp': 1, 'tensor': 2, 'context': 1}, \
-{'data': 2, 'fsdp': 2, 'tensor': 1, 'context': 1}, {'data': 4, 'fsdp': 1, 'tensor': 1, 'context': 1}]
+    >>> for sizes in sensible(config, 4, 1, 128):
+    ...     print(*sizes.values())
+    1 2 2 1
+    2 2 1 1
+    2 1 2 1
+    4 1 1 1
     """
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     shared = [size for size in divisors if size <= WIDEST]
