@@ -19,6 +19,7 @@ from jaxdpo.config import (
     ConvertConfig,
     DPOConfig,
     ExportConfig,
+    PlanConfig,
     QuickstartConfig,
     RewardConfig,
     RunConfig,
@@ -79,15 +80,16 @@ def _audit(config: AuditConfig) -> int:
     return run_audit(config)
 
 
-def _convert(config: ConvertConfig) -> None:
-    from jaxdpo.data.sources import open_sources
-    from jaxdpo.data.tfds import build_tfds
+def _plan(config: PlanConfig) -> None:
+    from jaxdpo.plan.command import run_plan
 
-    splits = {"train": open_sources(config.data)}
-    if config.eval_data is not None:
-        splits["test"] = open_sources(config.eval_data)
-    path = build_tfds(splits, config.output_dir, name=config.name, version=config.version)
-    print(f"written    {path}: read it with --data tfds:{path}")
+    run_plan(config)
+
+
+def _convert(config: ConvertConfig) -> None:
+    from jaxdpo.data.convert import convert
+
+    convert(config)
 
 
 VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
@@ -97,6 +99,7 @@ VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "dpo": (DPOConfig, _dpo),
     "reward": (RewardConfig, _reward),
     "score": (ScoreConfig, _score),
+    "plan": (PlanConfig, _plan),
     "convert": (ConvertConfig, _convert),
     "export": (ExportConfig, _export),
 }
@@ -106,10 +109,8 @@ docstring is its help."""
 CONFIG_VERBS = ("sft", "dpo", "reward")
 """Verbs that take `--config FILE.yaml`."""
 
-
 INTERRUPTED = (130, 143)
 """Exit statuses after Ctrl-C and SIGTERM."""
-
 
 COMPILED_BYTES = 8 * 2**30
 """How much the compiled programs that are kept may take; those that were not used for the longest time go first."""

@@ -1,7 +1,7 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier, data,
-plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
+4 cli -> 3 train, plan, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier,
+data, plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -52,6 +52,7 @@ FLOORS = {
     "plots": 2,
     "audit": 3,
     "evaluate": 3,
+    "plan": 3,
     "train": 3,
     "cli": 4,
 }
@@ -73,6 +74,7 @@ LIBRARIES = {
         "reference_cache",
         "rewards",
         "classifier",
+        "plan",
         "train",
     },
     "chex": {"losses", "theory"},
@@ -88,7 +90,7 @@ LIBRARIES = {
     "backports": {"data"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "optax": {"train"},
+    "optax": {"plan", "train"},
     "orbax": {"train"},
     "ruamel": {"train"},
     "tqdm": {"audit", "forward", "train"},
@@ -110,6 +112,7 @@ LIBRARIES = {
         "rewards",
         "classifier",
         "data",
+        "plan",
         "train",
         "evaluate",
     },

@@ -8,7 +8,7 @@ from jaxdpo.config.dpo import DPOConfig
 from jaxdpo.config.names import Attention, Divergence, DType, Format, Logger, Loss, Optimizer, Remat, Resume
 from jaxdpo.config.run import RunConfig
 from jaxdpo.config.sft import RewardConfig, SFTConfig
-from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, QuickstartConfig, ScoreConfig
+from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, PlanConfig, QuickstartConfig, ScoreConfig
 
 __all__ = [
     "Attention",
@@ -22,6 +22,7 @@ __all__ = [
     "Logger",
     "Loss",
     "Optimizer",
+    "PlanConfig",
     "QuickstartConfig",
     "Remat",
     "Resume",
