@@ -4,6 +4,7 @@ The options are those of `jaxdpo.config`, as flags and as YAML keys. No jax is i
 """
 
 import dataclasses
+import importlib
 import os
 import sys
 import types
@@ -19,6 +20,7 @@ from jaxdpo.config import (
     ConvertConfig,
     DPOConfig,
     ExportConfig,
+    GenerateConfig,
     PlanConfig,
     QuickstartConfig,
     RewardConfig,
@@ -62,46 +64,22 @@ def _quickstart(config: QuickstartConfig) -> None:
     run_quickstart(config)
 
 
-def _export(config: ExportConfig) -> None:
-    from jaxdpo.train.export import export_checkpoint
-
-    export_checkpoint(config)
-
-
-def _score(config: ScoreConfig) -> None:
-    from jaxdpo.train.score import score
-
-    score(config)
-
-
-def _audit(config: AuditConfig) -> int:
-    from jaxdpo.audit import run_audit
-
-    return run_audit(config)
-
-
-def _plan(config: PlanConfig) -> None:
-    from jaxdpo.plan.command import run_plan
-
-    run_plan(config)
-
-
-def _convert(config: ConvertConfig) -> None:
-    from jaxdpo.data.convert import convert
-
-    convert(config)
+def _late(module: str, name: str) -> typing.Callable[[Any], int | None]:
+    """A function that is imported when it is called."""
+    return lambda config: getattr(importlib.import_module(module), name)(config)
 
 
 VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "quickstart": (QuickstartConfig, _quickstart),
-    "audit": (AuditConfig, _audit),
+    "audit": (AuditConfig, _late("jaxdpo.audit", "run_audit")),
     "sft": (SFTConfig, _sft),
     "dpo": (DPOConfig, _dpo),
     "reward": (RewardConfig, _reward),
-    "score": (ScoreConfig, _score),
-    "plan": (PlanConfig, _plan),
-    "convert": (ConvertConfig, _convert),
-    "export": (ExportConfig, _export),
+    "score": (ScoreConfig, _late("jaxdpo.train.score", "score")),
+    "generate": (GenerateConfig, _late("jaxdpo.generate.run", "run_generate")),
+    "plan": (PlanConfig, _late("jaxdpo.plan.command", "run_plan")),
+    "convert": (ConvertConfig, _late("jaxdpo.data.convert", "convert")),
+    "export": (ExportConfig, _late("jaxdpo.train.export", "export_checkpoint")),
 }
 """Verb -> its configuration and what it does, which may return an exit status. The first line of the configuration's
 docstring is its help."""
@@ -228,8 +206,12 @@ def _flags(verb: str, config: type, defaults: Mapping[str, Any]) -> type:
     groups: dict[str, list] = {}
     for field in dataclasses.fields(config):
         unset = field.default is None  # the help says in words what happens then
+        alias = field.metadata.get("alias")
         arg = tyro.conf.arg(
-            help=field.metadata["help"], metavar=_metavar(hints[field.name]), help_behavior_hint="" if unset else None
+            help=field.metadata["help"],
+            metavar=_metavar(hints[field.name]),
+            help_behavior_hint="" if unset else None,
+            aliases=[alias] if alias else None,
         )
         hint = Annotated[hints[field.name], arg]  # type: ignore[valid-type,name-defined]
         default = defaults.get(field.name, field.default)

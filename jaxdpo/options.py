@@ -12,9 +12,10 @@ from typing import Any, Literal
 from jaxdpo.types import InputError
 
 
-def option(help: str, group: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with the help text and the group that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+def option(help: str, group: str, default: Any = dataclasses.MISSING, *, alias: str | None = None) -> Any:
+    """A dataclass field with the help text and the group that `--help` shows, and perhaps a short flag."""
+    metadata = {"help": help, "group": group} | ({} if alias is None else {"alias": alias})
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 LONGEST_NAME = 255
@@ -119,13 +120,14 @@ def check_words(cls: type, words: Sequence[str], command: str, *, others: Sequen
         twice the last one holds, as in other commands.
     """
     hints = {"--" + name.replace("_", "-"): hint for name, hint in typing.get_type_hints(cls).items()}
+    short = {field.metadata.get("alias"): flag(field.name) for field in dataclasses.fields(cls)}
     hints |= dict.fromkeys(others, str)
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
-        name = name.replace("_", "-")
+        name = short.get(name, name.replace("_", "-"))
         option = name.replace("--no-", "--") if hints.get(name.replace("--no-", "--")) is bool else name
-        if not word.startswith("--") or (equals and hints.get(option) is bool):
+        if not name.startswith("--") or (equals and hints.get(option) is bool):
             raise InputError(
                 f"{word!r} belongs to no option of {command}; allowed: --option value; quote it, or drop it"
             )

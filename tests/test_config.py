@@ -16,6 +16,7 @@ from jaxdpo.config import (
     DPOConfig,
     ExportConfig,
     Format,
+    GenerateConfig,
     PlanConfig,
     QuickstartConfig,
     RewardConfig,
@@ -34,6 +35,7 @@ CONFIGS = {
     RewardConfig: NEEDED,
     AuditConfig: {"data": "d.jsonl"},
     ConvertConfig: {"data": "d.jsonl", "output_dir": "out"},
+    GenerateConfig: {"model": "m", "prompts": "p.jsonl", "output": "out.jsonl"},
     ScoreConfig: {"model": "m", "data": "d.jsonl", "output": "scores.jsonl"},
     ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
     PlanConfig: {"model": "m", "topology": "v5e:2x2"},
@@ -49,6 +51,13 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "output": (["o"], [""]),
     "json": (["o"], [""]),
     "plot": (["o"], [""]),
+    "prompts": (["p"], [""]),
+    "num_samples": ([1], [0, -1]),
+    "max_new_tokens": ([1], [0]),
+    "temperature": ([0.0, 1e-3, 9.0], [-0.1, math.inf, math.nan]),
+    "top_k": ([1], [0, -1]),
+    "top_p": ([1e-9, 0.999], [0.0, 1.0, -0.1, math.nan]),
+    "min_p": ([1e-9, 1.0], [0.0, 1.1, math.nan]),
     "batch_size": ([1], [0, -1]),
     "epochs": ([1], [0]),
     "max_steps": ([1], [0]),
@@ -149,7 +158,7 @@ def test_every_number_has_a_range(config):
 @every_config
 def test_every_option_has_a_help_text_and_a_group(config):
     for field in dataclasses.fields(config):
-        assert set(field.metadata) == {"help", "group"} and all(field.metadata.values())
+        assert set(field.metadata) - {"alias"} == {"help", "group"} and all(field.metadata.values())
 
 
 @every_config

@@ -1,7 +1,8 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, plan, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards, classifier,
-data, plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses, theory
+4 cli -> 3 train, generate, plan, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards,
+classifier, data, plots -> 1 models, families, sharding, processes
+-> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -54,6 +55,7 @@ FLOORS = {
     "evaluate": 3,
     "plan": 3,
     "train": 3,
+    "generate": 3,
     "cli": 4,
 }
 """Every module and package of jaxdpo. A module imports from its own floor and those below it."""
@@ -76,6 +78,7 @@ LIBRARIES = {
         "classifier",
         "plan",
         "train",
+        "generate",
     },
     "chex": {"losses", "theory"},
     "flax": {"models"},
@@ -93,7 +96,7 @@ LIBRARIES = {
     "optax": {"plan", "train"},
     "orbax": {"train"},
     "ruamel": {"train"},
-    "tqdm": {"audit", "forward", "train"},
+    "tqdm": {"audit", "forward", "generate", "train"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
     "scipy": {"evaluate"},
@@ -115,6 +118,7 @@ LIBRARIES = {
         "plan",
         "train",
         "evaluate",
+        "generate",
     },
 }
 """Third-party package -> the modules of jaxdpo that import it. torch is in no line."""

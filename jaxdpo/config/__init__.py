@@ -5,8 +5,10 @@ of range. Nothing here imports jax.
 """
 
 from jaxdpo.config.dpo import DPOConfig
+from jaxdpo.config.generate import GenerateConfig
 from jaxdpo.config.names import Attention, Divergence, DType, Format, Logger, Loss, Optimizer, Remat, Resume
 from jaxdpo.config.run import RunConfig
+from jaxdpo.config.sampling import SamplingConfig
 from jaxdpo.config.sft import RewardConfig, SFTConfig
 from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, PlanConfig, QuickstartConfig, ScoreConfig
 
@@ -19,6 +21,7 @@ __all__ = [
     "Divergence",
     "ExportConfig",
     "Format",
+    "GenerateConfig",
     "Logger",
     "Loss",
     "Optimizer",
@@ -29,5 +32,6 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SFTConfig",
+    "SamplingConfig",
     "ScoreConfig",
 ]

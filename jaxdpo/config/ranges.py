@@ -5,7 +5,7 @@ import re
 
 from jaxdpo.options import Ranges
 
-PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint", "output", "json", "plot")
+PATHS = ("model", "data", "eval_data", "output_dir", "checkpoint", "output", "json", "plot", "prompts")
 """Options in which `~` is the home directory."""
 _ADDRESS = re.compile(r"(\[[\da-fA-F:.]+\]|[\w.-]+):(\d{1,5})", re.ASCII)
 
@@ -56,6 +56,13 @@ RANGES: Ranges = {
     "num_processes": _POSITIVE,
     "process_id": ("a whole number of at least 0", lambda v: v >= 0),
     "learning_rate": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "prompts": ("as --data", bool),
+    "num_samples": _POSITIVE,
+    "max_new_tokens": _POSITIVE,
+    "temperature": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    "top_k": _POSITIVE,
+    "top_p": ("a number in (0, 1)", lambda v: 0 < v < 1),
+    "min_p": ("a number in (0, 1]", lambda v: 0 < v <= 1),
     "max_grad_norm": ("a finite number of at least 0 (0: no clipping)", lambda v: 0 <= v < math.inf),
 }
 """Option -> what it allows."""

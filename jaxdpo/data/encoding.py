@@ -29,6 +29,20 @@ class EncodingFacts:
     eos: int
     empty_prompt: tuple[int, ...]
 
+    def start(self, prompt: np.ndarray, *, templated: bool) -> tuple[np.ndarray, np.ndarray]:
+        """What stands before a prompt and is never cut, and the prompt without it.
+
+        Args:
+          prompt: ids of the bare text.
+          templated: a chat template has written it, and nothing is added.
+        """
+        prefix = np.array(self.prefix, np.int32)
+        written = np.array_equal(prompt[: len(prefix)], prefix)  # by a chat template, or in the text itself
+        text = prompt[len(prefix) :] if written else prompt
+        if not len(text):
+            return np.array(self.empty_prompt, np.int32), text
+        return (prefix[:0] if templated and not written else prefix), text
+
 
 def encoding_facts(tokenizer: Any) -> EncodingFacts:
     """Asks a tokenizer what it puts before a text, by encoding one with and without its special tokens.

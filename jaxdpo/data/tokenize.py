@@ -86,7 +86,7 @@ class PreferenceTokenizer:
         end = np.array([self._facts.eos], np.int32)
         if any(np.array_equal(ids, end[: len(ids)]) for ids in completions):
             return Unusable("a completion has no tokens")
-        prefix, text = self._start(prompt, templated=preference.templated)
+        prefix, text = self._facts.start(prompt, templated=preference.templated)
         if self.score_prompt:
             if not len(prefix):
                 prefix, text = (text[:1], text[1:]) if preference.templated else (self._empty_prompt, text)
@@ -110,15 +110,6 @@ class PreferenceTokenizer:
             label=preference.label,
             margin=preference.margin,
         )
-
-    def _start(self, prompt: np.ndarray, *, templated: bool) -> tuple[np.ndarray, np.ndarray]:
-        """What stands before a prompt and is never cut, and the prompt without it."""
-        prefix = np.array(self._facts.prefix, np.int32)
-        written = np.array_equal(prompt[: len(prefix)], prefix)  # by a chat template, or in the text itself
-        text = prompt[len(prefix) :] if written else prompt
-        if not len(text):
-            return self._empty_prompt, text
-        return (prefix[:0] if templated and not written else prefix), text
 
     @property
     def _empty_prompt(self) -> np.ndarray:

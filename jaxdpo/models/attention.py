@@ -4,6 +4,7 @@
 key/value heads. A query that sees no key (padding) returns zero, never NaN.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,3 +87,55 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
     out = jnp.einsum("rngqk,rknh->rqngh", weights, v, precision=precision)
     return checkpoint_name(out.reshape(rows, length, heads, head_dim), "attention")
+
+
+def cached_attention(
+    q: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    step: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention of one more token of every sample, to its prompt and to the sample so far.
+
+    The queries of a prompt's samples read its keys together.
+
+    Args:
+      q: `[prompts, samples, heads, head_dim]`.
+      prompt: keys `[prompts, kv_heads, head_dim, length]`, and values with the last two axes exchanged.
+      own: keys `[prompts * samples, kv_heads, head_dim, capacity]`, and values with the last two axes exchanged.
+      lengths: int `[prompts]`: how many keys of the prompt there are.
+      step: int, the index of the token in its sample; it sees those up to itself.
+      window: sliding window, in tokens up to and including the query.
+    Returns:
+      As `q`.
+    """
+    prompts, samples, heads, head_dim = q.shape
+    kv_heads, _, length = prompt[0].shape[1:]
+    capacity, grouped = own[0].shape[3], heads // kv_heads
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    product = functools.partial(jnp.matmul, precision=full_precision(q.dtype), preferred_element_type=wide)
+    of_row, of_prompt = (prompts * samples, kv_heads, grouped), (prompts, kv_heads, samples * grouped)
+
+    def together(
+        x: jax.Array,
+    ) -> jax.Array:  # [rows, kv_heads, grouped, n] -> [*of_prompt, n]
+        return x.reshape(prompts, samples, kv_heads, grouped, -1).swapaxes(1, 2).reshape(*of_prompt, -1)
+
+    def apart(x: jax.Array) -> jax.Array:  # and back
+        return x.reshape(prompts, kv_heads, samples, grouped, -1).swapaxes(1, 2).reshape(*of_row, -1)
+
+    q = (q * head_dim**-0.5).reshape(*of_row, head_dim)
+    logits = jnp.concatenate([apart(product(together(q), prompt[0])), product(q, own[0])], axis=-1)
+    before = jnp.arange(length)[None] < lengths[:, None]  # [prompts, length]
+    after = jnp.broadcast_to(jnp.arange(capacity)[None] <= step, (prompts, capacity))
+    if window is not None:
+        before &= jnp.arange(length)[None] > (lengths + step)[:, None] - window
+        after &= jnp.arange(capacity)[None] > step - window
+    seen = jnp.repeat(jnp.concatenate([before, after], axis=1), samples, axis=0)[:, None, None]
+    logits = jnp.where(seen, logits, jnp.finfo(wide).min / 2)  # [rows, kv_heads, grouped, length + capacity]
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    out = apart(product(together(weights[..., :length]), prompt[1])) + product(weights[..., length:], own[1])
+    return out.astype(q.dtype).reshape(prompts, samples, heads, head_dim)

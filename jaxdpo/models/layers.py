@@ -5,7 +5,6 @@ rotary angles are at least float32.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -16,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxdpo.models.attention import Attend
 from jaxdpo.models.config import ModelConfig, Rope
-from jaxdpo.models.matmul import linear
+from jaxdpo.models.matmul import linear, multiply_few
 from jaxdpo.sharding import constrain, lengths_apart
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -67,17 +66,24 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.contracted = len(inputs)
+        self.transposed = False
+        """Whether the kernel is `[*outputs, *inputs]`, see `decoding`."""
         self.kernel = make_param(config, inputs + outputs, jax.nn.initializers.normal(config.init_std), rngs)
         self.bias = make_param(config, outputs, jax.nn.initializers.zeros, rngs) if bias else None
 
     def __call__(self, x: jax.Array, multiplied: jnp.dtype) -> jax.Array:
         """`[rows, length, *inputs]` -> `[rows, length, *outputs]`, same dtype; products of numbers of `multiplied`."""
-        kernel = self.kernel[...]
-        inputs, outputs = math.prod(kernel.shape[: self.contracted]), kernel.shape[self.contracted :]
+        kernel, contracted = self.kernel[...], self.contracted
+        outputs = kernel.shape[:-contracted] if self.transposed else kernel.shape[contracted:]
         # Two-dimensional: XLA's CPU takes twice as long for the gradient of a product over rows and length. Devices
         # that share a row would have to gather it for that.
         tokens = x.shape[:2] if lengths_apart() > 1 else (x.shape[0] * x.shape[1],)
-        x = linear(x.reshape(*tokens, inputs), kernel.reshape(inputs, -1), multiplied).reshape(*x.shape[:2], *outputs)
+        flat = x.reshape(*tokens, -1)  # [..., inputs]
+        if self.transposed:
+            flat = multiply_few(flat, kernel.reshape(-1, flat.shape[-1]), multiplied).astype(x.dtype)
+        else:
+            flat = linear(flat, kernel.reshape(flat.shape[-1], -1), multiplied)
+        x = flat.reshape(*x.shape[:2], *outputs)
         x = x if self.bias is None else x + self.bias[...].astype(x.dtype)[None, None]
         return checkpoint_name(x, "projection")
 

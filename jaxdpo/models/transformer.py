@@ -52,11 +52,7 @@ class Transformer(nnx.Module):
         Returns:
           `[rows, length, embed]` in `dtype`.
         """
-        x = self.tokens[...][tokens].astype(dtype)  # [rows, length, embed]
-        if self.positions is not None:
-            x = x + self.positions[...][positions].astype(dtype)
-        rope = self.config.rope
-        angles = None if rope is None else rope_angles(rope, self.config.head_dim, positions, dtype)
+        x, angles = self.embed(tokens, positions, dtype)
         x = constrain(x, "batch", "length", None)
 
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
@@ -64,6 +60,15 @@ class Transformer(nnx.Module):
 
         x, _ = jax.lax.scan(with_remat(layer, remat), x, self.blocks)  # 30 layers compile as one
         return self.final_norm(x)
+
+    def embed(self, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+        """What the first block reads of int `[rows, length]`: `[rows, length, embed]` in `dtype`, and rotary angles."""
+        x = self.tokens[...][tokens].astype(dtype)  # [rows, length, embed]
+        if self.positions is not None:
+            x = x + self.positions[...][positions].astype(dtype)
+        rope = self.config.rope
+        angles = None if rope is None else rope_angles(rope, self.config.head_dim, positions, dtype)
+        return x, angles
 
     def head_kernel(self) -> jax.Array:
         """The LM head `[vocab, embed]`, float32: the token embedding where tied."""
