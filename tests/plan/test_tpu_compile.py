@@ -84,7 +84,7 @@ TINY = {
 
 def test_two_plans_at_once(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    options = ["--model", str(tmp_path), "--length", "512", "--quick", "--json"]
+    options = ["--model", str(tmp_path), "--length", "512", "--attention", "dense", "--quick", "--json"]
     command = [sys.executable, "-m", "jaxdpo.cli", "plan", *options]
     both = [
         subprocess.Popen([*command, "--remat", "full", "--mesh", mesh, "--topology", "v5e:2x2"], stdout=subprocess.PIPE)
