@@ -66,7 +66,7 @@ def option_table(name: str) -> str:
     hints = typing.get_type_hints(cls)
     groups: dict[str, list[tuple[str, ...]]] = {}
     for field in dataclasses.fields(cls):
-        allowed = RANGES.get(field.name, ("", None))[0]
+        allowed = "" if hints[field.name] is bool else RANGES.get(field.name, ("", None))[0]
         row = (
             f"`{_flags(field.name, hints[field.name])}`",
             _type_name(hints[field.name]),

@@ -1,8 +1,10 @@
 """Published rates of accelerators: what a step's time and a run's utilisation are held against.
 
 Figures are of one chip as its vendor states them, dense bfloat16, no sparsity: Cloud TPU documentation
-(https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and NVIDIA's data sheets. A chip of TPU7x is two
-devices to jax; the others are one.
+(https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and NVIDIA's data sheets. It states links in both
+directions together; here is half of that. v4's links are those of Jouppi et al. 2023, https://arxiv.org/abs/2304.01433,
+50 GB/s each; its share of the network is not published, and is taken to be that of v5p. A chip of TPU7x is two devices
+to jax; the others are one.
 """
 
 import dataclasses
@@ -40,9 +42,9 @@ CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip("v4", ("tpu v4",), 275e12, 32 * GIB, 1200 * GB, 2400 * GBIT, 50 * GBIT),
-        Chip("v5e", ("tpu v5 lite", "tpu v5e"), 197e12, 16 * GIB, 800 * GB, 1600 * GBIT, 25 * GBIT),
+        Chip("v5e", ("tpu v5 lite", "tpu v5e"), 197e12, 16 * GIB, 819 * GB, 1600 * GBIT, 25 * GBIT),
         Chip("v5p", ("tpu v5", "tpu v5p"), 459e12, 95 * GIB, 2765 * GB, 4800 * GBIT, 50 * GBIT),
-        Chip("v6e", ("tpu v6 lite", "tpu v6e"), 918e12, 32 * GIB, 1600 * GB, 3200 * GBIT, 100 * GBIT),
+        Chip("v6e", ("tpu v6 lite", "tpu v6e"), 918e12, 32 * GIB, 1638 * GB, 3200 * GBIT, 100 * GBIT),
         Chip("tpu7x", ("tpu7x", "tpu v7x"), 2307e12, 192 * GIB, 7380 * GB, 4800 * GBIT, 100 * GBIT, devices=2),
         Chip("a100", ("nvidia a100-sxm4-80gb",), 312e12, 80 * GB, 2039 * GB, 300 * GB, 200 * GBIT),
         Chip("h100", ("nvidia h100 80gb hbm3", "nvidia h100"), 989e12, 80 * GB, 3350 * GB, 450 * GB, 400 * GBIT),

@@ -21,6 +21,7 @@ from jaxdpo.config import (
     DPOConfig,
     ExportConfig,
     GenerateConfig,
+    PlanConfig,
     QuickstartConfig,
     RewardConfig,
     RunConfig,
@@ -68,17 +69,6 @@ def _late(module: str, name: str) -> typing.Callable[[Any], int | None]:
     return lambda config: getattr(importlib.import_module(module), name)(config)
 
 
-def _convert(config: ConvertConfig) -> None:
-    from jaxdpo.data.sources import open_sources
-    from jaxdpo.data.tfds import build_tfds
-
-    splits = {"train": open_sources(config.data)}
-    if config.eval_data is not None:
-        splits["test"] = open_sources(config.eval_data)
-    path = build_tfds(splits, config.output_dir, name=config.name, version=config.version)
-    print(f"written    {path}: read it with --data tfds:{path}")
-
-
 VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "quickstart": (QuickstartConfig, _quickstart),
     "audit": (AuditConfig, _late("jaxdpo.audit", "run_audit")),
@@ -87,7 +77,8 @@ VERBS: dict[str, tuple[type, typing.Callable[[Any], int | None]]] = {
     "reward": (RewardConfig, _reward),
     "score": (ScoreConfig, _late("jaxdpo.train.score", "score")),
     "generate": (GenerateConfig, _late("jaxdpo.generate.run", "run_generate")),
-    "convert": (ConvertConfig, _convert),
+    "plan": (PlanConfig, _late("jaxdpo.plan.command", "run_plan")),
+    "convert": (ConvertConfig, _late("jaxdpo.data.convert", "convert")),
     "export": (ExportConfig, _late("jaxdpo.train.export", "export_checkpoint")),
 }
 """Verb -> its configuration and what it does, which may return an exit status. The first line of the configuration's
@@ -96,10 +87,8 @@ docstring is its help."""
 CONFIG_VERBS = ("sft", "dpo", "reward")
 """Verbs that take `--config FILE.yaml`."""
 
-
 INTERRUPTED = (130, 143)
 """Exit statuses after Ctrl-C and SIGTERM."""
-
 
 COMPILED_BYTES = 8 * 2**30
 """How much the compiled programs that are kept may take; those that were not used for the longest time go first."""

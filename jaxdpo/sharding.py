@@ -259,5 +259,11 @@ def place_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(functools.partial(place, sharding=rows), tree)
 
 
+def placed_shapes(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """What `place_batch` makes of host arrays, as shapes: for programs that are compiled and not run."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

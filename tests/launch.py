@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TIMEOUT = 300
+TIMEOUT = 900
+"""Seconds that processes may take: on two busy cores programs compile for minutes."""
 
 
 class Launched:

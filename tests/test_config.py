@@ -17,6 +17,7 @@ from jaxdpo.config import (
     ExportConfig,
     Format,
     GenerateConfig,
+    PlanConfig,
     QuickstartConfig,
     RewardConfig,
     ScoreConfig,
@@ -37,6 +38,7 @@ CONFIGS = {
     GenerateConfig: {"model": "m", "prompts": "p.jsonl", "output": "out.jsonl"},
     ScoreConfig: {"model": "m", "data": "d.jsonl", "output": "scores.jsonl"},
     ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
+    PlanConfig: {"model": "m", "topology": "v5e:2x2"},
     QuickstartConfig: {},
 }
 every_config = pytest.mark.parametrize("config", CONFIGS)
@@ -62,6 +64,10 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "save_every": ([1], [0]),
     "eval_every": ([1], [0]),
     "microbatch_tokens": ([1], [0]),
+    "slices": ([1], [0, -1]),
+    "length": ([2], [1, 0]),
+    "prompt_tokens": ([1], [0]),
+    "completion_tokens": ([1], [0]),
     "max_length": ([2], [1, 0, -512]),
     "warmup_steps": ([0], [-1]),
     "seed": ([0, 2**32 - 1], [-1, 2**32]),

@@ -13,7 +13,7 @@ import pytest
 
 import jaxdpo
 from jaxdpo.cli import CONFIG_VERBS, main
-from jaxdpo.config import DPOConfig, ExportConfig, QuickstartConfig
+from jaxdpo.config import DPOConfig, ExportConfig, PlanConfig, QuickstartConfig
 from jaxdpo.losses import DIVERGENCES, LOSSES, preference_metrics, reward_metrics, unpaired_metrics
 from jaxdpo.train.run_dir import RunDir
 from jaxdpo.train.step import as_floats
@@ -22,7 +22,7 @@ from tests import tiny
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 EXAMPLES = [path for path in PAGES if ">>>" in path.read_text("utf-8")]
-VERBS = {"dpo": DPOConfig, "export": ExportConfig, "quickstart": QuickstartConfig}
+VERBS = {"dpo": DPOConfig, "export": ExportConfig, "plan": PlanConfig, "quickstart": QuickstartConfig}
 
 sys.path.insert(0, str(DOCS))
 import from_code  # noqa: E402 -- the documentation's own module, not a package's

@@ -1,8 +1,8 @@
 """The architecture, read from the sources with `ast`: imports go down only, and files stay small enough to read.
 
-4 cli -> 3 train, generate, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards,
-classifier, data, plots -> 1 models, families, sharding, processes -> 0 types, options, config, disk, chips, losses,
-theory
+4 cli -> 3 train, generate, plan, audit, evaluate -> 2 hub, hf, gguf, lm_head, logprobs, forward, reference, rewards,
+classifier, data, plots -> 1 models, families, sharding, processes
+-> 0 types, options, config, disk, chips, losses, theory
 """
 
 import ast
@@ -53,6 +53,7 @@ FLOORS = {
     "plots": 2,
     "audit": 3,
     "evaluate": 3,
+    "plan": 3,
     "train": 3,
     "generate": 3,
     "cli": 4,
@@ -75,6 +76,7 @@ LIBRARIES = {
         "reference_cache",
         "rewards",
         "classifier",
+        "plan",
         "train",
         "generate",
     },
@@ -91,7 +93,7 @@ LIBRARIES = {
     "backports": {"data"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
-    "optax": {"train"},
+    "optax": {"plan", "train"},
     "orbax": {"train"},
     "ruamel": {"train"},
     "tqdm": {"audit", "forward", "generate", "train"},
@@ -113,6 +115,7 @@ LIBRARIES = {
         "rewards",
         "classifier",
         "data",
+        "plan",
         "train",
         "evaluate",
         "generate",

@@ -11,7 +11,7 @@ from jaxdpo.config.ppo import PPOOptions
 from jaxdpo.config.run import RunConfig
 from jaxdpo.config.sampling import SamplingConfig
 from jaxdpo.config.sft import RewardConfig, SFTConfig
-from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, QuickstartConfig, ScoreConfig
+from jaxdpo.config.tools import AuditConfig, ConvertConfig, ExportConfig, PlanConfig, QuickstartConfig, ScoreConfig
 
 __all__ = [
     "Attention",
@@ -27,6 +27,7 @@ __all__ = [
     "Loss",
     "Optimizer",
     "PPOOptions",
+    "PlanConfig",
     "QuickstartConfig",
     "Remat",
     "Resume",

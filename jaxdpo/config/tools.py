@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxdpo.config.names import DType, Format
+from jaxdpo.config.names import Attention, DType, Format, Remat
 from jaxdpo.config.processes import check_processes
 from jaxdpo.config.ranges import PATHS, RANGES
 from jaxdpo.options import check_fields, option
@@ -97,3 +97,42 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES, PATHS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What a DPO step needs and takes on devices that need not be there: `jaxdpo plan`."""
+
+    model: str = option(
+        "a known shape (smollm2-135m, llama-3.1-8b, llama-3.1-70b, …), or HF directory or hub id, of which only "
+        "config.json is read",
+        "data",
+    )
+    topology: str = option("a TPU slice such as v5e:4x4 or v5p:2x2x2; local plans for this machine", "compute", "local")
+    slices: int = option("TPU slices of that topology, connected by a network", "compute", 1)
+    mesh: str = option(
+        "as in jaxdpo dpo; auto looks for the one that takes the least time of those that fit", "compute", "auto"
+    )
+    length: int = option("tokens of a packed row", "compute", 2048)
+    batch_size: int = option("pairs per optimizer step", "data", 64)
+    prompt_tokens: int = option("tokens of every prompt: what is planned for has no data", "data", 164)
+    completion_tokens: int = option("tokens of every completion", "data", 68)
+    microbatch_tokens: int | None = option(
+        "most tokens of one forward pass per device; by default 2048 on CPU, 16384 elsewhere", "compute", None
+    )
+    dtype: DType | None = option("compute dtype; by default bfloat16 on accelerators, float32 on CPU", "compute", None)
+    attention: Attention | None = option("as in jaxdpo dpo", "compute", None)
+    remat: Remat | None = option("as in jaxdpo dpo; by default the fastest that fits", "compute", None)
+    quick: bool = option(
+        "compile for TPUs with the least effort, in a quarter of the time: says about the same of memory and FLOPs, "
+        "and nothing of memory traffic",
+        "compute",
+        False,
+    )
+    json: bool = option("print the plan as JSON", "report", False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES, PATHS)
+        if self.topology == "local" and (self.slices != 1 or self.quick):
+            given = "--quick" if self.quick else f"--slices {self.slices}"
+            raise InputError(f"{given} has no effect on local devices; name a TPU's --topology, or drop the flag")

@@ -20,6 +20,9 @@ BLOCK = 64
 """Queries and keys of a block. Its scores stay in the cache of a core (SmolLM2's 3 heads: 48 KiB), and little is
 computed for nothing where groups end."""
 
+KEY_BLOCKS = "key_blocks"
+"""What the loops over blocks of keys are called in a compiled program: how often they go round depends on the rows."""
+
 
 class Blocks(NamedTuple):
     """Which blocks of a row see each other; `length` is a multiple of `BLOCK` on each device that it is split over,
@@ -124,7 +127,8 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, first: ja
                 return total * decay[:, None] + more, higher, norm * decay + weights.sum(axis=-1)
 
             start = (jnp.zeros(q.shape, wide), jnp.full(len(q), _unseen(wide)), jnp.zeros(len(q), wide))
-            total, highest, norm = lax.fori_loop(0, row.num_keys[i], add, start)
+            with jax.named_scope(KEY_BLOCKS):
+                total, highest, norm = lax.fori_loop(0, row.num_keys[i], add, start)
             real = jnp.tile(_block(row.group, i) > 0, len(q) // BLOCK)
             norm = jnp.where(real, norm, 1)
             # Padding gets weights exp(score - inf) = 0 in the backward pass.
@@ -168,7 +172,8 @@ def _backward(kept: tuple, grad: jax.Array) -> tuple:
                     _add_block(grad_v, multiply_transposed(weights, grad, grad.dtype), j),
                 )
 
-            grad_q, *of_keys = lax.fori_loop(0, row.num_keys[i], add, (jnp.zeros(q.shape, wide), *of_keys))
+            with jax.named_scope(KEY_BLOCKS):
+                grad_q, *of_keys = lax.fori_loop(0, row.num_keys[i], add, (jnp.zeros(q.shape, wide), *of_keys))
             return tuple(of_keys), (grad_q * scale).astype(q.dtype)
 
         nothing = (jnp.zeros(keys.shape, wide), jnp.zeros(values.shape, wide))

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdpo.config import DPOConfig, RunConfig
 from jaxdpo.data.dataset import TokenizedDataset
-from jaxdpo.data.layout import fill_of
+from jaxdpo.data.layout import Fill, fill_of
 from jaxdpo.data.packing import Costs, Layout
 from jaxdpo.data.pipeline import microbatches
 from jaxdpo.data.plan import StepPlan
@@ -66,11 +66,8 @@ def print_forecast(
     groups = "pairs" if datasets[0].candidates == 2 and not datasets[0].labelled else "groups"
     fill = fill_of(batch for step in sampled for batch in step)
     print(f"layout     {layout.summary()}; {fill.summary()}")
-    if (apart := batch_size_multiple(mesh)) > 1 and fill.empty_rows > EMPTY * fill.rows:
-        print(
-            f"           warning: {pairs} {groups} a step do not fill the rows of data x fsdp = {apart} devices, which "
-            "compute empty ones; fix: a larger --batch-size, or part of the devices on tensor or context (--mesh)"
-        )
+    if warning := empty_rows_warning(fill, f"{pairs} {groups}", mesh):
+        print(f"           warning: {warning}")
     print(f"run        {total} steps of {pairs} {groups} in {per_step:.1f} microbatches; {config.objective}")
     if isinstance(config, DPOConfig) and datasets[0].candidates > 2 and not datasets[0].labelled:
         over = [name for name in config.losses if LOSSES[name].candidates == 2]
@@ -84,6 +81,17 @@ def print_forecast(
         f"{activations / 2**30:.1f} GiB for activations, of {of / 2**30:.1f} GiB"
     )
     print(f"time       about {duration(seconds)}, at {UTILISATION:.0%} of the measured matrix-product rate")
+
+
+def empty_rows_warning(fill: Fill, groups: str, mesh: jax.sharding.Mesh) -> str | None:
+    """What to say where a step's groups, as "64 pairs", leave many rows of a mesh empty; None where they do not."""
+    apart = batch_size_multiple(mesh)
+    if apart == 1 or fill.empty_rows <= EMPTY * fill.rows:
+        return None
+    return (
+        f"{groups} a step do not fill the rows of data x fsdp = {apart} devices, which compute empty ones; "
+        "fix: a larger --batch-size, or part of the devices on tensor or context (--mesh)"
+    )
 
 
 def _forward_flops(decoder: Decoder, batch: Batch, dataset: TokenizedDataset) -> float:

@@ -56,11 +56,24 @@ def activation_bytes(decoder: Decoder, *, rows: int, length: int, slots: int, ap
     return residual + layers + at_once
 
 
+def head_bytes(decoder: Decoder, mesh: jax.sharding.Mesh) -> int:
+    """What the LM head takes of each device where others have other tokens, besides the device's part of it.
+
+    That is the whole of it, gathered in the dtype of its products, and as many sums of its gradient, at least float32,
+    before they are reduced; of the vocabulary of each device that the tensor axis splits.
+    """
+    if tokens_apart(mesh) == 1 or decoder.config.head != "lm":
+        return 0
+    size = decoder.multiplied_dtype.itemsize
+    numbers = decoder.config.vocab_size * decoder.config.embed_dim * tokens_apart(mesh) // mesh.size
+    return numbers * (size + max(jnp.dtype(decoder.compute_dtype).itemsize, 4))
+
+
 def state_bytes(params: dict, optimizer: optax.GradientTransformation, *, accumulates: bool, copies: int = 0) -> int:
     """What parameters, the optimizer's moments and gradients take of each device.
 
     Args:
-      params: placed arrays.
+      params: placed arrays, or their shapes.
       optimizer: of the run.
       accumulates: whether a step has several microbatches, whose gradients add up.
       copies: of the parameters that are held besides: 1 for a reference of its own.
@@ -68,7 +81,7 @@ def state_bytes(params: dict, optimizer: optax.GradientTransformation, *, accumu
     held = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
     )
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     moments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, params)))
     return held * (2 + accumulates + copies) + held * moments // whole
 
@@ -113,10 +126,10 @@ def choose_remat(decoder: Decoder, layout: Layout, state: int, mesh: jax.shardin
 
 
 def layout_bytes(decoder: Decoder, layout: Layout, mesh: jax.sharding.Mesh) -> int:
-    """`activation_bytes` of the largest microbatch of a layout, on each device."""
+    """`activation_bytes` of the largest microbatch of a layout and `head_bytes`, on each device."""
     parts = batch_size_multiple(mesh)
     apart = tokens_apart(mesh) // parts
-    return max(
+    return head_bytes(decoder, mesh) + max(
         activation_bytes(decoder, rows=shape.rows // parts, length=length, slots=slots, apart=apart)
         for shape in layout.shapes
         for length, slots in [(shape.capacity.length, shape.capacity.slots)]

@@ -70,7 +70,6 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
     """
     with Compilations() as compilations:
         stopwatch = Stopwatch(compilations)
-        check_loggers(config.loggers)
         processes.start(config.coordinator, config.num_processes, config.process_id)
         with processes.only_main_prints():
             return _run(config, recipe, jax.devices() if devices is None else devices, stopwatch)
@@ -78,6 +77,9 @@ def run_training(config: RunConfig, recipe: Recipe, *, devices: Sequence[jax.Dev
 
 def _run(config: RunConfig, recipe: Recipe, devices: Sequence[jax.Device], stopwatch: Stopwatch) -> RunResult:
     """`run_training` on processes that are connected, its time told by phase."""
+    with processes.together():
+        if processes.is_main():
+            check_loggers(config.loggers)
     config, run = claim_together(config), RunDir(Path(config.output_dir))
     with processes.together():  # before the file is written anew
         again = run.config.exists() and stored_config(run, type(config)).profile == config.profile

@@ -1,6 +1,6 @@
 """The train state: all that a step reads and writes as one pytree, born on its shards."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +74,7 @@ def init_state(
       loss: what is trained, if it may carry a running mean.
       moving_reference: whether to keep a copy of the parameters as a reference that will follow them.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    opt_shardings = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer, mesh).opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
     running = None
     if loss is not None and loss.running is not None:
@@ -91,6 +84,29 @@ def init_state(
     ref_params = jax.tree.map(jnp.copy, params) if moving_reference else None
     step = place(np.zeros((), np.int32), replicated(mesh))
     return TrainState(step, params, opt_state, running, ref_params)
+
+
+def abstract_state(params: dict, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes and placement of `init_state`'s result for most losses: nothing is allocated, and no device need be there.
+
+    Args:
+      params: on the mesh; shapes with their shardings will do, `models.abstract_params`.
+      optimizer: any Optax transformation.
+      mesh: where the rest goes.
+    """
+
+    def placed(leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        placed,
+        jax.eval_shape(optimizer.init, params),
+        jax.tree.map(lambda x: x.sharding, params),
+        transform_non_params=lambda leaf: placed(leaf, replicated(mesh)),
+    )
+    params = jax.tree.map(lambda x: placed(x, x.sharding), params)
+    return TrainState(placed(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)), params, opt_state)
 
 
 def move_reference(state: TrainState, mixup: jax.Array | float) -> TrainState:

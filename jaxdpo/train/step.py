@@ -42,6 +42,8 @@ from jaxdpo.types import Array, Batch
 AT_ONCE = 8
 """Microbatches that one call of a program adds up. What the program needs besides its gradients is allocated once per
 call, and on CPUs fresh memory is a cost that shows."""
+MICROBATCHES = "microbatches"
+"""What the loop over them is called in a compiled program: how often it goes round is known when it runs."""
 FAMILIES = ("loss", "rewards", "logps")
 """What a row of metrics begins with."""
 
@@ -133,7 +135,8 @@ def make_programs(task: Task, optimizer: optax.GradientTransformation, shardings
 
         *report, _ = jax.eval_shape(objective, params, microbatches[0], counts, None, scalars)[1]
         nothing = jax.tree.map(lambda x: jnp.zeros((len(microbatches), *x.shape), x.dtype), report)
-        grads, (metrics, losses) = jax.lax.fori_loop(0, number, add, (grads, nothing))
+        with jax.named_scope(MICROBATCHES):
+            grads, (metrics, losses) = jax.lax.fori_loop(0, number, add, (grads, nothing))
         return grads, metrics, losses  # [AT_ONCE, ...] metrics and losses
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))

@@ -12,7 +12,7 @@ from jaxdpo.data.pipeline import microbatches
 from jaxdpo.logprobs import token_logps
 from jaxdpo.models import abstract_params, make_decoder
 from jaxdpo.models.remat import REMAT
-from jaxdpo.sharding import make_mesh
+from jaxdpo.sharding import make_mesh, placed_shapes
 from jaxdpo.train import memory
 from jaxdpo.types import RunStopped
 from tests import tiny
@@ -40,6 +40,26 @@ def test_activations_are_what_the_compiler_plans(attention, remat):
     gradient = jax.jit(jax.grad(lambda params, batch: token_logps(decoder, params, batch).sum()))
     planned = gradient.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
     assert planned == pytest.approx(memory.layout_bytes(decoder, layout, MESH), rel=0.3)
+
+
+def test_the_sum_of_the_heads_gradient_is_counted_where_devices_share_tokens():
+    """Of a large vocabulary on eight devices, whose parts of it are small."""
+    mesh, config = make_mesh(), dataclasses.replace(WIDE, vocab_size=16384, num_layers=2)
+    decoder = make_decoder(config, attention="blockwise", remat="full")
+    data = tiny.dataset(groups=16, longest=100)
+    layout = tiny.layout(data, tokens=1024, row_lengths=(256,), row_multiple=8)
+    (batch, *_) = microbatches(data, np.arange(len(data)), layout)
+    params = abstract_params(decoder, mesh)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(
+            jax.grad(lambda params, batch: token_logps(decoder, params, batch).sum()),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params),
+        )
+        program = gradient.lower(params, placed_shapes(batch, mesh)).compile()
+    planned = program.memory_analysis().temp_size_in_bytes
+    assert memory.head_bytes(decoder, mesh) == 2 * 4 * config.vocab_size * config.embed_dim
+    assert planned == pytest.approx(memory.layout_bytes(decoder, layout, mesh), rel=0.3)
+    assert memory.head_bytes(decoder, MESH) == 0
 
 
 def test_the_state_is_parameters_moments_and_gradients():
