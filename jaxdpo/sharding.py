@@ -175,11 +175,6 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.P())
 
 
-def length_parts(mesh: jax.sharding.Mesh) -> int:
-    """Number of devices that the length of a row is split over."""
-    return mesh.shape[AXIS_RULES["length"]]
-
-
 def length_multiple(mesh: jax.sharding.Mesh) -> int:
     """What row lengths have to be a multiple of: blocks of 128 for each of the devices that share a row."""
     apart = mesh.shape[AXIS_RULES["length"]]
