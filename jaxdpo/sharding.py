@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 
 from jaxdpo.types import InputError
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
@@ -131,16 +132,12 @@ def tokens_apart(mesh: jax.sharding.Mesh) -> int:
     return batch_size_multiple(mesh) * mesh.shape[AXIS_RULES["length"]]
 
 
-def batch_size_multiple(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+def batch_size_multiple(mesh: AnyMesh) -> int:
     """Number of devices that the rows of a batch are split over; rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def partition_spec(
-    logical_axes: Sequence[str | None],
-    shape: Sequence[int],
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-) -> jax.sharding.PartitionSpec:
+def partition_spec(logical_axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> jax.P:
     """The mesh axes of an array of `shape` with these logical axes; a name that `AXIS_RULES` lacks is a KeyError."""
 
     def of(name: str | None, size: int) -> str | tuple[str, ...] | None:
@@ -150,7 +147,7 @@ def partition_spec(
     return jax.P(*map(of, logical_axes, shape))
 
 
-def _size(axes: str | tuple[str, ...] | None, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+def _size(axes: str | tuple[str, ...] | None, mesh: AnyMesh) -> int:
     """Number of devices along mesh axes."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
@@ -161,10 +158,9 @@ def named_sharding(
     """Sharding of an array of `shape`; refuses a size that its mesh axes do not divide, naming sizes that do."""
     spec = partition_spec(logical_axes, shape, mesh)
     for name, axes, size in zip(logical_axes, spec, shape, strict=True):
-        parts = _size(axes, mesh)
-        if size % parts:
+        if size % _size(axes, mesh):
             raise InputError(
-                f"{name}={size} is not divisible by the {axes!r} axis of {parts} devices; "
+                f"{name}={size} is not divisible by the {axes!r} axis of {_size(axes, mesh)} devices; "
                 f"allowed: {_divisors(size)}; use a mesh with one of these sizes"
             )
     return jax.sharding.NamedSharding(mesh, spec)
@@ -173,11 +169,6 @@ def named_sharding(
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """Sharding of an array that every device holds whole."""
     return jax.sharding.NamedSharding(mesh, jax.P())
-
-
-def length_parts(mesh: jax.sharding.Mesh) -> int:
-    """Number of devices that the length of a row is split over."""
-    return mesh.shape[AXIS_RULES["length"]]
 
 
 def length_multiple(mesh: jax.sharding.Mesh) -> int:

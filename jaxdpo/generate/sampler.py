@@ -20,7 +20,7 @@ from jaxdpo.generate.programs import Programs, Samples, make_programs
 from jaxdpo.generate.stops import Stops, find_stop
 from jaxdpo.models import Decoder
 from jaxdpo.models.decoding import DecodingParams, PromptCache
-from jaxdpo.sharding import batch_size_multiple, length_parts, place_batch
+from jaxdpo.sharding import batch_size_multiple, place_batch, tokens_apart
 from jaxdpo.types import InputError
 
 CHUNK = 32
@@ -191,7 +191,7 @@ def make_sampler(
     Raises:
       InputError: for a mesh that splits the length of rows, or a stop token beyond the vocabulary.
     """
-    if mesh is not None and (parts := length_parts(mesh)) > 1:
+    if mesh is not None and (parts := tokens_apart(mesh) // batch_size_multiple(mesh)) > 1:
         raise InputError(
             f"the mesh splits the length of rows in {parts}, and a sample is drawn token by token; allowed: data, fsdp "
             "and tensor; make a mesh without context"
