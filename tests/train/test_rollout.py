@@ -256,12 +256,9 @@ def test_a_reference_that_is_no_copy_of_the_policy_is_refused():
     [
         ({"kl_horizon": 5}, "--kl-horizon 5 has no effect without --kl-target"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target with --kl-coef 0"),
-        ({"lam": 1.5}, r"--lam is 1.5; allowed: a number in \[0, 1\]"),
-        ({"cliprange": 0.0}, "--cliprange is 0.0; allowed: a finite number above 0"),
-        ({"num_ppo_epochs": 0}, "--num-ppo-epochs is 0"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_options_without_effect_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         PPOOptions(**options)
 
