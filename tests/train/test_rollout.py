@@ -141,6 +141,19 @@ def test_whitening_is_over_the_real_tokens():
     np.testing.assert_array_equal(found.returns, plain.returns)
 
 
+def test_whitened_rewards_keep_their_mean():
+    options = dataclasses.replace(EXACT, gamma=1.0, lam=1.0)
+
+    def rewards(options):
+        """What returns differ by from token to token."""
+        returns = experience(options=options).returns
+        return (returns - np.pad(returns[:, 1:], ((0, 0), (0, 1))))[:, :5][REAL]
+
+    plain, white = rewards(options), rewards(dataclasses.replace(options, whiten_rewards=True))
+    assert abs(plain.std() - 1) > 0.1
+    np.testing.assert_allclose(white, (plain - plain.mean()) / plain.std() + plain.mean(), rtol=1e-3, atol=1e-4)
+
+
 def test_a_missing_eos_costs_the_penalty():
     found = experience(options=dataclasses.replace(EXACT, missing_eos_penalty=2.0))
     np.testing.assert_allclose(found.scores, SCORES - np.array([0, 2] * 3), rtol=1e-6)
