@@ -18,6 +18,7 @@ from jaxdpo.config import (
     Format,
     GenerateConfig,
     PlanConfig,
+    PPOOptions,
     QuickstartConfig,
     RewardConfig,
     ScoreConfig,
@@ -40,6 +41,7 @@ CONFIGS = {
     ExportConfig: {"checkpoint": "run/checkpoints", "output_dir": "out"},
     PlanConfig: {"model": "m", "topology": "v5e:2x2"},
     QuickstartConfig: {},
+    PPOOptions: {},
 }
 every_config = pytest.mark.parametrize("config", CONFIGS)
 
@@ -85,6 +87,17 @@ LIMITS = {  # option -> (values on the edge that are allowed, values just past i
     "ref_model_sync_steps": ([1], [0, -1]),
     "ref_model_mixup_alpha": ([1e-3, 1.0], [0.0, 1.1, math.nan]),
     "center_rewards_coefficient": ([0.0, 0.01], [-0.01, math.inf, math.nan]),
+    "kl_coef": ([0.0, 1e3], [-0.1, math.inf, math.nan]),
+    "kl_target": ([1e-9], [0.0, -1.0, math.inf, math.nan]),
+    "kl_horizon": ([1], [0, -1]),
+    "num_ppo_epochs": ([1], [0, -1]),
+    "num_mini_batches": ([1], [0, -1]),
+    "cliprange": ([1e-9, 2.0], [0.0, -0.1, math.inf, math.nan]),
+    "vf_coef": ([0.0, 2.0], [-0.1, math.inf, math.nan]),
+    "cliprange_value": ([1e-9, 2.0], [0.0, -0.1, math.inf, math.nan]),
+    "gamma": ([0.0, 1.0], [-0.1, 1.1, math.nan]),
+    "lam": ([0.0, 1.0], [-0.1, 1.1, math.nan]),
+    "missing_eos_penalty": ([1e-9, 10.0], [0.0, -1.0, math.inf, math.nan]),
     "coordinator": (
         ["host:1", "10.0.0.1:65535", "[fe80::1]:80"],
         ["host", "host:0", "host:65536", "a b:1", ":1"],
@@ -109,6 +122,8 @@ def made(**options):
     """A configuration that has these options, with what it needs besides."""
     kind = next(kind for kind in CONFIGS if set(options) <= {field.name for field in dataclasses.fields(kind)})
     needs = {"eval_data": "e.jsonl"} if "eval_every" in options else {}
+    if "kl_horizon" in options:
+        needs = {"kl_target": 6.0}
     if set(options) & set(PROCESS_OPTIONS):
         needs = {"coordinator": "host:1", "num_processes": 2, "process_id": 0}
     return kind(**{**CONFIGS[kind], **needs, **options})

@@ -141,6 +141,19 @@ def test_whitening_is_over_the_real_tokens():
     np.testing.assert_array_equal(found.returns, plain.returns)
 
 
+def test_whitened_rewards_keep_their_mean():
+    options = dataclasses.replace(EXACT, gamma=1.0, lam=1.0)
+
+    def rewards(options):
+        """What returns differ by from token to token."""
+        returns = experience(options=options).returns
+        return (returns - np.pad(returns[:, 1:], ((0, 0), (0, 1))))[:, :5][REAL]
+
+    plain, white = rewards(options), rewards(dataclasses.replace(options, whiten_rewards=True))
+    assert abs(plain.std() - 1) > 0.1
+    np.testing.assert_allclose(white, (plain - plain.mean()) / plain.std() + plain.mean(), rtol=1e-3, atol=1e-4)
+
+
 def test_a_missing_eos_costs_the_penalty():
     found = experience(options=dataclasses.replace(EXACT, missing_eos_penalty=2.0))
     np.testing.assert_allclose(found.scores, SCORES - np.array([0, 2] * 3), rtol=1e-6)
@@ -256,12 +269,9 @@ def test_a_reference_that_is_no_copy_of_the_policy_is_refused():
     [
         ({"kl_horizon": 5}, "--kl-horizon 5 has no effect without --kl-target"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target with --kl-coef 0"),
-        ({"lam": 1.5}, r"--lam is 1.5; allowed: a number in \[0, 1\]"),
-        ({"cliprange": 0.0}, "--cliprange is 0.0; allowed: a finite number above 0"),
-        ({"num_ppo_epochs": 0}, "--num-ppo-epochs is 0"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_options_without_effect_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         PPOOptions(**options)
 
