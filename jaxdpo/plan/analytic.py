@@ -5,6 +5,7 @@ What is computed and what is useful differ: padding, empty rows and what layers 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,6 +44,12 @@ def keys_of(job: Job) -> float:
     return float(np.square(sizes).sum() / sizes.sum()) if job.decoder.attention in SKIPPING else float(job.length)
 
 
+def keys_repeated(config: TransformerConfig, mesh: jax.sharding.Mesh) -> int:
+    """How many of the devices that share a row's heads compute the same keys and values: all, or each its own."""
+    sharing = mesh.size // tokens_apart(mesh)
+    return sharing if config.num_kv_heads % sharing else 1
+
+
 def step_flops(placed: Placed, *, keys: float, scored: float) -> float:
     """What all devices together compute in a step's products.
 
@@ -57,9 +64,8 @@ def step_flops(placed: Placed, *, keys: float, scored: float) -> float:
     # A layer's last product is not computed again: nothing in the backward pass reads its result.
     last = 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
     again = layers - last if remat in ("attention", "full") else 0.0
-    # Keys and values are computed by each of the devices that share a row's heads.
     of_keys = 4.0 * config.num_layers * config.embed_dim * config.num_kv_heads * config.head_dim
-    repeated = (placed.mesh.size // tokens_apart(placed.mesh) - 1) * of_keys * (3 + (again > 0))
+    repeated = (keys_repeated(config, placed.mesh) - 1) * of_keys * (3 + (again > 0))
     scores = products.forward + products.backward + products.again.get(remat, 0)
     per_token = 3 * layers + again + repeated + scores * keys * key_flops(config) / 2
     return placed.tokens * per_token + HEAD_PASSES * scored * slot_flops(config)
@@ -86,7 +92,8 @@ def exchanged(placed: Placed, parameters: int) -> tuple[float, float]:
     reduced = 2 * 4 * parameters / (tensor * shard)
     copies = data // slices
     of_tensor = 8 * config.num_layers * tokens * config.embed_dim * size * (tensor - 1) / tensor
-    keys = 4 * config.num_layers * tokens * config.num_kv_heads * config.head_dim * size * (context - 1)
+    kv_heads = config.num_kv_heads * keys_repeated(config, placed.mesh) / tensor
+    keys = 4 * config.num_layers * tokens * kv_heads * config.head_dim * size * (context - 1)
     inside = weights + reduced * (copies - 1) / copies + of_tensor + keys
     return microbatches * inside, microbatches * reduced / copies * (slices - 1) / slices
 
