@@ -31,3 +31,13 @@ def cache(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXDPO_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def least_effort() -> Iterator[None]:
+    """Programs for TPUs are compiled in a quarter of the time; they have the same products and collectives."""
+    from jaxdpo.plan.worker import QUICK
+
+    jax.config.update("jax_exec_time_optimization_effort", QUICK)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxdpo.config import PlanConfig
 from jaxdpo.plan.report import report
+from jaxdpo.plan.shapes import SHAPES, known_config
 from jaxdpo.plan.topology import LOCAL, check_compiler, check_topology
 from jaxdpo.types import InputError, RunStopped
 
@@ -49,6 +50,8 @@ def plan_in_process(config: PlanConfig, say: Callable[[str], None]) -> dict[str,
       say: takes a line about what is being done.
     """
     check_topology(config.topology)
+    if config.model in SHAPES:
+        known_config(config.model)
     check_compiler(config.topology)
     environment = os.environ | (COMPILER if config.topology != LOCAL else {})
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:

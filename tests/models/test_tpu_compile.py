@@ -26,6 +26,7 @@ from tests import tiny
 
 pytestmark = [
     pytest.mark.tpu_compile,
+    pytest.mark.usefixtures("least_effort"),
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"),
 ]
 

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from jaxdpo.config import PlanConfig
@@ -17,11 +16,12 @@ from jaxdpo.plan.job import make_job
 from jaxdpo.plan.programs import compiled_programs, computed_keys, scored_chunks
 from jaxdpo.plan.search import candidates
 from jaxdpo.plan.shapes import known_config
-from jaxdpo.plan.worker import QUICK, machine_of
+from jaxdpo.plan.worker import machine_of
 from jaxdpo.types import InputError
 
 pytestmark = [
     pytest.mark.tpu_compile,
+    pytest.mark.usefixtures("least_effort"),
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"),
 ]
 
@@ -44,15 +44,8 @@ CASES = {
 }
 
 
-@pytest.fixture
-def least_effort():
-    jax.config.update("jax_exec_time_optimization_effort", QUICK)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
-
-
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_a_step_fits(options, least_effort):
+def test_a_step_fits(options):
     config = PlanConfig(length=2048, quick=True, **options)
     machine = machine_of(config)
     job = make_job(config, known_config(config.model), machine.devices, machine.usable)
