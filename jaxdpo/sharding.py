@@ -235,9 +235,9 @@ def map_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return mapped
 
 
-def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts an array where a sharding says; of a host array that all processes have, each places its devices' parts."""
-    if isinstance(array, jax.Array) or sharding.is_fully_addressable:
+def place(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Puts an array where a sharding says, None: on one device; of a host array, each process places its own parts."""
+    if sharding is None or isinstance(array, jax.Array) or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     # `device_put` would compare the whole array with those of the other processes first.
     array = np.asarray(array)

@@ -26,7 +26,6 @@ from tests import tiny
 
 pytestmark = [
     pytest.mark.tpu_compile,
-    pytest.mark.usefixtures("least_effort"),
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"),
 ]
 
@@ -65,6 +64,7 @@ def check_splash(program: str) -> None:
     ],
     ids=["v5e", "v5e-heads-split", "v5e-length-split", "v5e-float32", "v5p", "v6e"],
 )
+@pytest.mark.usefixtures("least_effort")
 def test_attention(topology, sizes, dtype, heads, kv_heads, head_dim):
     mesh = mesh_of(topology, **sizes)
     q = on_rows(mesh, (8, LENGTH, heads, head_dim), dtype)
@@ -102,6 +102,7 @@ def abstract_microbatch(mesh, *, rows: int, slots: int, groups: int) -> Microbat
     [(TINY, "v5e:2x2"), (TINY, "v5p:2x2x1"), (TINY, "v6e:2x2")],
     ids=["tiny-v5e", "tiny-v5p", "tiny-v6e"],
 )
+@pytest.mark.usefixtures("least_effort")
 def test_a_whole_dpo_step(config, topology):
     mesh = mesh_of(topology)
     decoder = make_decoder(config, compute_dtype="bfloat16", attention="splash")
