@@ -36,8 +36,8 @@ def cache(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def least_effort() -> Iterator[None]:
     """Programs for TPUs are compiled in a quarter of the time; they have the same products and collectives."""
-    from jaxdpo.plan.worker import QUICK
+    from jaxdpo.plan.worker import set_effort
 
-    jax.config.update("jax_exec_time_optimization_effort", QUICK)
+    set_effort(quick=True)
     yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    set_effort(quick=False)
